@@ -1,0 +1,201 @@
+package health
+
+import (
+	"maps"
+	"slices"
+	"time"
+)
+
+// Backend is one API server behind a proxy.
+type Backend struct {
+	Name string
+	Node string // the member it runs on, whose agent is its first-hand witness; empty: none
+}
+
+// Report is what one member's own checks say about one backend.
+type Report struct {
+	Backend string
+	State   State  // Up or Down; anything else says nothing
+	Reason  string // why it is down
+}
+
+// Order is what an operator wants of a backend.
+type Order int
+
+// The zero Order is invalid.
+const (
+	_ Order = iota
+	// Serve: as its health allows.
+	Serve
+	// Drain: no new connections.
+	Drain
+	// Disable: no connections.
+	Disable
+)
+
+// Status is what the mesh's members together know of one backend, seen by one of them.
+type Status struct {
+	Backend  string
+	State    State    // Up, Down, Draining or Disabled
+	Reason   string   // why it is not up, for people
+	SeenUpBy []string // the members whose own checks see it up, sorted
+}
+
+// Config says what a View looks at.
+type Config struct {
+	Self     string    // this member
+	Backends []Backend // in the order in which they are to be shown
+	// Fresh is how long another member's report counts after it was heard: a few
+	// heartbeats.
+	Fresh time.Duration
+}
+
+// View is the common view of the backends of one proxy. It is not safe for use by
+// several goroutines at once.
+type View struct {
+	cfg    Config
+	own    map[string]own
+	heard  map[string]heard
+	dead   map[string]time.Duration
+	orders map[string]Order
+}
+
+type own struct {
+	last Result
+	// proof is when the last successful check was begun; so the backend's node was
+	// alive after that.
+	proof time.Duration
+	// reason is that of the last failed check.
+	reason string
+}
+
+type heard struct {
+	at      time.Duration
+	reports map[string]Report
+}
+
+// NewView returns a view that knows nothing yet.
+func NewView(cfg Config) *View {
+	return &View{
+		cfg:    cfg,
+		own:    map[string]own{},
+		heard:  map[string]heard{},
+		dead:   map[string]time.Duration{},
+		orders: map[string]Order{},
+	}
+}
+
+// Observe takes the result of an own check that ended now.
+func (v *View) Observe(now time.Duration, backend string, r Result) {
+	o := v.own[backend]
+	if r.OK {
+		o.proof = now - r.Took
+	} else {
+		o.reason = r.Reason
+	}
+	o.last = r
+	v.own[backend] = o
+}
+
+// Hear takes everything that another member says now; what it said before is void.
+func (v *View) Hear(now time.Duration, member string, reports []Report) {
+	h := heard{at: now, reports: make(map[string]Report, len(reports))}
+	for _, r := range reports {
+		h.reports[r.Backend] = r
+	}
+	v.heard[member] = h
+}
+
+// SetDead says which members are dead now, each with the time it was last heard.
+// A successful check of a backend begun after that time proves that its node lives and
+// only the agent is silent; the backend then is not down for it.
+func (v *View) SetDead(lastHeard map[string]time.Duration) { v.dead = maps.Clone(lastHeard) }
+
+// SetOrder takes an operator's order for a backend, in place of the one before.
+func (v *View) SetOrder(backend string, order Order) { v.orders[backend] = order }
+
+// Own returns what this member's checks say, for the other members.
+func (v *View) Own() []Report {
+	var reports []Report
+	for _, b := range v.cfg.Backends {
+		if o := v.own[b.Name]; o.last.State != Unknown {
+			reports = append(reports, Report{Backend: b.Name, State: o.last.State, Reason: o.down()})
+		}
+	}
+	return reports
+}
+
+// Backends returns the view at one time, in the order of the configuration.
+func (v *View) Backends(now time.Duration) []Status {
+	all := make([]Status, len(v.cfg.Backends))
+	for i, b := range v.cfg.Backends {
+		all[i] = v.status(now, b)
+	}
+	return all
+}
+
+func (v *View) status(now time.Duration, b Backend) Status {
+	s := Status{Backend: b.Name, SeenUpBy: v.seenUpBy(now, b.Name)}
+	s.State, s.Reason = v.judge(now, b)
+	switch v.orders[b.Name] {
+	case Drain:
+		s.State, s.Reason = Draining, "by an operator's order"
+	case Disable:
+		s.State, s.Reason = Disabled, "by an operator's order"
+	}
+	return s
+}
+
+// judge weighs the evidence. The witness's word counts beside the own check because it
+// sees a failing API server without the network between, and often earlier; others'
+// words do not, since their failed checks may be due to their own network.
+func (v *View) judge(now time.Duration, b Backend) (State, string) {
+	o := v.own[b.Name]
+	if last, dead := v.dead[b.Node]; dead && b.Node != v.cfg.Self && (o.proof <= last || !o.last.OK) {
+		return Down, "node " + b.Node + " is down"
+	}
+	if o.last.State == Down {
+		return Down, o.down()
+	}
+	witness := v.report(now, b.Node, b.Name)
+	switch {
+	case witness.State == Down:
+		return Down, witness.Reason + " (seen by " + b.Node + ")"
+	case witness.State == Up, o.last.State == Up:
+		return Up, ""
+	case o.reason != "":
+		return Down, o.reason
+	}
+	return Down, "not checked yet"
+}
+
+// report returns what another member says about a backend; zero: nothing that counts.
+func (v *View) report(now time.Duration, member, backend string) Report {
+	h, ok := v.heard[member]
+	if !ok || member == v.cfg.Self || now-h.at > v.cfg.Fresh {
+		return Report{}
+	}
+	return h.reports[backend]
+}
+
+func (v *View) seenUpBy(now time.Duration, backend string) []string {
+	var members []string
+	if v.own[backend].last.State == Up {
+		members = append(members, v.cfg.Self)
+	}
+	for member := range v.heard {
+		if v.report(now, member, backend).State == Up {
+			members = append(members, member)
+		}
+	}
+	slices.Sort(members)
+	return members
+}
+
+// down returns why the own check is down; empty where it is not.
+func (o own) down() string {
+	if o.last.State != Down {
+		return ""
+	}
+	return o.reason
+}

@@ -1,0 +1,141 @@
+package health
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+const fresh = 2 * time.Second
+
+func newView() *View {
+	return NewView(Config{
+		Self: "cp-1",
+		Backends: []Backend{
+			{Name: "a", Node: "cp-1"}, {Name: "b", Node: "cp-2"}, {Name: "x"},
+		},
+		Fresh: fresh,
+	})
+}
+
+func up(took time.Duration) Result { return Result{OK: true, Took: took, State: Up} }
+
+func down(reason string) Result { return Result{Reason: reason, State: Down} }
+
+func TestView(t *testing.T) {
+	const s = time.Second
+	tests := []struct {
+		name string
+		do   func(*View)
+		at   time.Duration
+		want string // of backend b, whose witness is cp-2: state, reason, seen up by
+	}{
+		{"nothing known", func(*View) {}, s, "down: not checked yet []"},
+		{"own check up", func(v *View) { v.Observe(s, "b", up(0)) }, s, "up:  [cp-1]"},
+		{"own check down", func(v *View) { v.Observe(s, "b", down("HTTP 503")) }, s, "down: HTTP 503 []"},
+		{"own check failing, still up", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Observe(2*s, "b", Result{Reason: "HTTP 503", State: Up})
+		}, 2 * s, "up:  [cp-1]"},
+		{"own check failing, not known yet", func(v *View) {
+			v.Observe(s, "b", Result{Reason: "HTTP 503"})
+		}, s, "down: HTTP 503 []"},
+		{"witness up, own not known", func(v *View) {
+			v.Hear(s, "cp-2", []Report{{"b", Up, ""}})
+		}, s, "up:  [cp-2]"},
+		{"witness up, own down", func(v *View) {
+			v.Observe(s, "b", down("timeout after 400ms"))
+			v.Hear(s, "cp-2", []Report{{"b", Up, ""}})
+		}, s, "down: timeout after 400ms [cp-2]"},
+		{"witness down, own up", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+		}, s, "down: HTTP 503 (seen by cp-2) [cp-1]"},
+		{"witness down, long ago", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+		}, s + fresh + 1, "up:  [cp-1]"},
+		{"witness takes it back", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+			v.Hear(s, "cp-2", nil)
+		}, s, "up:  [cp-1]"},
+		{"another member's word counts for nothing", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-3", []Report{{"b", Down, "timeout after 400ms"}})
+			v.Hear(s, "cp-4", []Report{{"b", Up, ""}})
+		}, s, "up:  [cp-1 cp-4]"},
+		{"dead node", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]time.Duration{"cp-2": s + 1})
+		}, 2 * s, "down: node cp-2 is down [cp-1]"},
+		{"dead node, check begun before its last word", func(v *View) {
+			v.Observe(2*s, "b", up(s))
+			v.SetDead(map[string]time.Duration{"cp-2": s + 1})
+		}, 2 * s, "down: node cp-2 is down [cp-1]"},
+		{"silent agent, node proven alive", func(v *View) {
+			v.Observe(2*s, "b", up(time.Millisecond))
+			v.SetDead(map[string]time.Duration{"cp-2": s})
+		}, 2 * s, "up:  [cp-1]"},
+		{"silent agent, then the node dies too", func(v *View) {
+			v.Observe(2*s, "b", up(time.Millisecond))
+			v.SetDead(map[string]time.Duration{"cp-2": s})
+			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
+		}, 3 * s, "down: node cp-2 is down [cp-1]"},
+		{"the node is back", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+			v.SetDead(nil)
+		}, 3 * s, "up:  [cp-1]"},
+		{"draining, though down", func(v *View) {
+			v.Observe(s, "b", down("HTTP 503"))
+			v.SetOrder("b", Drain)
+		}, s, "draining: by an operator's order []"},
+		{"disabled, though up", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetOrder("b", Disable)
+		}, s, "disabled: by an operator's order [cp-1]"},
+		{"serving again", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetOrder("b", Disable)
+			v.SetOrder("b", Serve)
+		}, s, "up:  [cp-1]"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			v := newView()
+			tt.do(v)
+			s := v.Backends(tt.at)[1]
+			if got := fmt.Sprintf("%v: %s %v", s.State, s.Reason, s.SeenUpBy); got != tt.want {
+				t.Errorf("got  %s\nwant %s", got, tt.want)
+			}
+		})
+	}
+}
+
+// A member never disbelieves its own checks for what is said in its name, nor for a
+// list of the dead that has it.
+func TestViewOfOwnNode(t *testing.T) {
+	v := newView()
+	v.Observe(time.Second, "a", up(0))
+	v.Hear(time.Second, "cp-1", []Report{{"a", Down, "HTTP 503"}})
+	v.SetDead(map[string]time.Duration{"cp-1": 2 * time.Second})
+	if s := v.Backends(time.Second)[0]; s.State != Up || strings.Join(s.SeenUpBy, " ") != "cp-1" {
+		t.Errorf("got %+v, want up, seen by cp-1", s)
+	}
+}
+
+func TestViewOwn(t *testing.T) {
+	v := newView()
+	if own := v.Own(); len(own) != 0 {
+		t.Errorf("before the first check: %v", own)
+	}
+	v.Observe(0, "b", down("HTTP 503"))
+	v.Observe(0, "a", Result{Reason: "HTTP 500", State: Up})
+	v.Observe(0, "x", Result{Reason: "HTTP 500"})
+	want := "[{a up } {b down HTTP 503}]"
+	if got := fmt.Sprint(v.Own()); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}

@@ -1,0 +1,300 @@
+package probe
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/hamesh/hamesh/agent/health"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// first runs a probe until its first result.
+func first(t *testing.T, cfg Config) health.Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	var result health.Result
+	cfg.Path, cfg.Interval, cfg.Rise, cfg.Fall = "/readyz", time.Minute, 2, 1
+	cfg.OnResult = func(r health.Result) { result = r; cancel() }
+	p, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
+
+func TestProbe(t *testing.T) {
+	const short, long = 100 * time.Millisecond, 4 * time.Second
+	release := make(chan struct{})
+	mux := http.NewServeMux()
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok")) })
+	answer := func(h http.HandlerFunc) *httptest.Server {
+		s := httptest.NewUnstartedServer(h)
+		s.Config.ErrorLog = log.New(io.Discard, "", 0) // checks that fail are the point
+		s.StartTLS()
+		t.Cleanup(s.Close)
+		return s
+	}
+	well := answer(mux.ServeHTTP)
+	unready := answer(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })
+	moved := answer(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, well.URL+"/readyz", http.StatusFound)
+	})
+	hung := answer(func(http.ResponseWriter, *http.Request) { <-release })
+	stuck := answer(func(w http.ResponseWriter, _ *http.Request) {
+		w.Write([]byte("ok"))
+		http.NewResponseController(w).Flush()
+		<-release
+	})
+	t.Cleanup(func() { close(release) }) // before the servers' own, which wait for their handlers
+	plain := httptest.NewServer(mux)
+	t.Cleanup(plain.Close)
+
+	// Accepts in the kernel only, as a server does whose process is stopped.
+	stopped, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stopped.Close() })
+	rude, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { rude.Close() })
+	go func() {
+		for {
+			conn, err := rude.Accept()
+			if err != nil {
+				return
+			}
+			conn.(*net.TCPConn).SetLinger(0)
+			conn.Close()
+		}
+	}()
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+
+	write := func(name string, pem []byte) string {
+		path := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(path, pem, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	certificate := func(s *httptest.Server) []byte {
+		return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+	}
+	ca := write("ca.crt", certificate(well))
+
+	tests := []struct {
+		name    string
+		addr    net.Addr
+		scheme  Scheme
+		caFile  string
+		timeout time.Duration
+		want    string // "" is well; a prefix of the reason otherwise
+	}{
+		{"well", well.Listener.Addr(), HTTPS, "", long, ""},
+		{"well and verified", well.Listener.Addr(), HTTPS, ca, long, ""},
+		{"well without TLS", plain.Listener.Addr(), HTTP, "", long, ""},
+		{"well for TCP", stopped.Addr(), TCP, "", long, ""},
+		{"not ready", unready.Listener.Addr(), HTTPS, "", long, "HTTP 503"},
+		{"elsewhere", moved.Listener.Addr(), HTTPS, "", long, "HTTP 302"},
+		{"hung before the headers", hung.Listener.Addr(), HTTPS, "", short, "timeout after 100ms"},
+		{"hung after the headers", stuck.Listener.Addr(), HTTPS, "", short, "timeout after 100ms"},
+		{"stopped", stopped.Addr(), HTTPS, "", short, "timeout after 100ms"},
+		{"closed", closed.Addr(), HTTPS, "", long, "connection refused"},
+		{"closed for TCP", closed.Addr(), TCP, "", long, "connection refused"},
+		{"resets", rude.Addr(), HTTPS, "", long, "connection reset"},
+		{"TLS to a plain server", plain.Listener.Addr(), HTTPS, "", long, "TLS: the server speaks plain HTTP"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			r := first(t, Config{
+				Address: netip.MustParseAddrPort(tt.addr.String()),
+				Scheme:  tt.scheme, CAFile: tt.caFile, Timeout: tt.timeout,
+			})
+			if r.OK != (tt.want == "") || r.Reason != tt.want {
+				t.Errorf("got %+v, want reason %q", r, tt.want)
+			}
+			if want := map[bool]health.State{true: health.Up, false: health.Down}[r.OK]; r.State != want {
+				t.Errorf("state %v, want %v", r.State, want)
+			}
+			if r.Took <= 0 || r.Took > tt.timeout+2*time.Second {
+				t.Errorf("took %v with timeout %v", r.Took, tt.timeout)
+			}
+		})
+	}
+
+	t.Run("certificate of another authority", func(t *testing.T) {
+		other := write("other.crt", stranger(t))
+		r := first(t, Config{
+			Address: netip.MustParseAddrPort(well.Listener.Addr().String()),
+			Scheme:  HTTPS, CAFile: other, Timeout: long,
+		})
+		if r.OK || !strings.HasPrefix(r.Reason, "TLS: x509: ") {
+			t.Errorf("got %+v, want a TLS failure", r)
+		}
+	})
+}
+
+func TestNewRefuses(t *testing.T) {
+	good := Config{
+		Address: netip.MustParseAddrPort("127.0.0.1:6443"), Scheme: HTTPS,
+		Interval: time.Second, Timeout: time.Second, OnResult: func(health.Result) {},
+	}
+	empty := filepath.Join(t.TempDir(), "empty.crt")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, spoil := range map[string]func(*Config){
+		"no address":       func(c *Config) { c.Address = netip.AddrPort{} },
+		"no scheme":        func(c *Config) { c.Scheme = 0 },
+		"no interval":      func(c *Config) { c.Interval = 0 },
+		"no timeout":       func(c *Config) { c.Timeout = 0 },
+		"nobody to tell":   func(c *Config) { c.OnResult = nil },
+		"no such file":     func(c *Config) { c.CAFile = empty + "x" },
+		"nothing in there": func(c *Config) { c.CAFile = empty },
+	} {
+		bad := good
+		spoil(&bad)
+		if _, err := New(bad); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	if _, err := New(good); err != nil {
+		t.Error(err)
+	}
+}
+
+// pace runs a probe on a false clock against answers, and returns when each check
+// began.
+func pace(t *testing.T, took time.Duration, answers []error, after func(p *Probe, n int)) []time.Duration {
+	var began []time.Duration
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var n atomic.Int32
+	var p *Probe
+	p, err := New(Config{
+		Address: netip.MustParseAddrPort("127.0.0.1:6443"), Scheme: TCP,
+		Interval: time.Second, Timeout: 800 * time.Millisecond, Rise: 2, Fall: 2,
+		OnResult: func(health.Result) {
+			if i := int(n.Add(1)); i == len(answers) {
+				cancel()
+			} else if after != nil {
+				after(p, i)
+			}
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	p.check = func(context.Context) error {
+		began = append(began, time.Since(start))
+		time.Sleep(took)
+		return answers[len(began)-1]
+	}
+	if err := p.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return began
+}
+
+func TestPace(t *testing.T) {
+	bad := errors.New("HTTP 503")
+	within := func(t *testing.T, began []time.Duration, i int, low, high time.Duration) {
+		t.Helper()
+		if gap := began[i] - began[i-1]; gap < low || gap > high {
+			t.Errorf("check %d began %v after the one before; want %v to %v", i, gap, low, high)
+		}
+	}
+	const ms = time.Millisecond
+	t.Run("at once, then at intervals", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			began := pace(t, 300*ms, make([]error, 50), nil)
+			if began[0] != 0 {
+				t.Errorf("the first check began after %v", began[0])
+			}
+			gaps := map[time.Duration]bool{}
+			for i := 1; i < len(began); i++ {
+				within(t, began, i, 900*ms, 1100*ms)
+				gaps[began[i]-began[i-1]] = true
+			}
+			if len(gaps) < 40 {
+				t.Errorf("only %d different gaps of %d", len(gaps), len(began)-1)
+			}
+		})
+	})
+	t.Run("faster in doubt", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			began := pace(t, 10*ms, []error{nil, bad, bad, nil, nil, nil}, nil)
+			within(t, began, 1, 900*ms, 1100*ms)
+			within(t, began, 2, 450*ms, 550*ms)
+			within(t, began, 3, 900*ms, 1100*ms)
+			within(t, began, 4, 450*ms, 550*ms)
+			within(t, began, 5, 900*ms, 1100*ms)
+		})
+	})
+	t.Run("at once after a long check in doubt", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			began := pace(t, 800*ms, []error{nil, bad, bad}, nil)
+			within(t, began, 2, 800*ms, 800*ms)
+		})
+	})
+	t.Run("in a hurry", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			began := pace(t, 10*ms, make([]error, 4), func(p *Probe, n int) {
+				if n == 2 {
+					p.Hurry()
+					p.Hurry()
+				}
+			})
+			within(t, began, 1, 900*ms, 1100*ms)
+			within(t, began, 2, 500*ms, 500*ms)
+			within(t, began, 3, 900*ms, 1100*ms)
+		})
+	})
+}
+
+// stranger returns a certificate that has signed nothing but itself.
+func stranger(t *testing.T) []byte {
+	t.Helper()
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, public, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}

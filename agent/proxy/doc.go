@@ -1,0 +1,7 @@
+// Package proxy accepts TCP connections and relays each to one of several API servers:
+// to the same one for the same client, to a healthy one where there is one, and quickly
+// to another one where the first does not answer.
+//
+// What it is not: it does not look into the bytes, does not end TLS, and does not check
+// backends by itself. It is told their states, and tells of connects that failed.
+package proxy

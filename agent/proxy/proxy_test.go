@@ -1,0 +1,869 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/hamesh/hamesh/agent/health"
+	"github.com/hamesh/hamesh/agent/proxy/affinity"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// server is a stand-in for an API server: it sends its name, and then does with the
+// connection what the test wants.
+type server struct {
+	name     string
+	addr     netip.AddrPort
+	listener net.Listener
+	mu       sync.Mutex
+	conns    []net.Conn
+	done     sync.WaitGroup
+}
+
+func serve(t *testing.T, address string, handle func(*net.TCPConn)) *server {
+	t.Helper()
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.MustParseAddrPort(listener.Addr().String())
+	s := &server{name: addr.Addr().String(), addr: addr, listener: listener}
+	s.done.Go(func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			s.mu.Lock()
+			s.conns = append(s.conns, conn)
+			s.mu.Unlock()
+			s.done.Go(func() {
+				defer conn.Close()
+				fmt.Fprintf(conn, "%-16s", s.name)
+				handle(conn.(*net.TCPConn))
+			})
+		}
+	})
+	t.Cleanup(s.kill)
+	return s
+}
+
+// kill ends the server as a crash of its process would.
+func (s *server) kill() {
+	s.listener.Close()
+	s.mu.Lock()
+	for _, conn := range s.conns {
+		conn.Close()
+	}
+	s.conns = nil
+	s.mu.Unlock()
+	s.done.Wait()
+}
+
+func echo(conn *net.TCPConn) {
+	// Not by splicing, whose pipes would count among the descriptors.
+	if _, err := io.Copy(conn, struct{ io.Reader }{conn}); err == nil {
+		conn.CloseWrite()
+	}
+}
+
+// three starts three servers on addresses of their own.
+func three(t *testing.T, handle func(*net.TCPConn)) []*server {
+	t.Helper()
+	var servers []*server
+	for i := range 3 {
+		servers = append(servers, serve(t, fmt.Sprintf("127.0.0.%d:0", 11+i), handle))
+	}
+	return servers
+}
+
+// start runs a proxy in front of the servers, named by their addresses and all Up.
+func start(t *testing.T, change func(*Config), servers ...*server) *Proxy {
+	t.Helper()
+	cfg := Config{Name: "kube-api", OnDown: OnDownClose}
+	for _, s := range servers {
+		cfg.Backends = append(cfg.Backends, Backend{Name: s.name, Address: s.addr})
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	p, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Listen(); err != nil {
+		t.Fatal(err)
+	}
+	all(p, health.Up)
+	ended := make(chan error, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { ended <- p.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		p.Close()
+	})
+	return p
+}
+
+func all(p *Proxy, state health.State) {
+	states := map[string]health.State{}
+	for _, b := range p.backends {
+		states[b.Name] = state
+	}
+	p.SetBackends(states)
+}
+
+// dial connects to the proxy from an address of 127.0.0.0/8; empty: any.
+func dial(t *testing.T, p *Proxy, from string) *net.TCPConn {
+	t.Helper()
+	var local *net.TCPAddr
+	if from != "" {
+		local = &net.TCPAddr{IP: net.ParseIP(from)}
+	}
+	conn, err := net.DialTCP("tcp4", local, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(p.Port())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return conn
+}
+
+// name reads which server a connection has come to.
+func name(conn net.Conn) (string, error) {
+	var buf [16]byte
+	_, err := io.ReadFull(conn, buf[:])
+	return strings.TrimSpace(string(buf[:])), err
+}
+
+func mustName(t *testing.T, conn net.Conn) string {
+	t.Helper()
+	got, err := name(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+// refused connects to a proxy that will not have it, and returns what becomes of it: a
+// reset may come before connect(2) is over, or after.
+func refused(p *Proxy) error {
+	conn, err := net.Dial("tcp4", fmt.Sprintf("127.0.0.1:%d", p.Port()))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_, err = io.Copy(io.Discard, conn)
+	return err
+}
+
+func isReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
+// eventually waits until a condition holds, for 5 seconds at most.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("still not so: %s", what)
+		}
+	}
+}
+
+func established(p *Proxy) int {
+	n := 0
+	for _, b := range p.Stats().Backends {
+		n += b.Established
+	}
+	return n
+}
+
+// best returns the server that is first in a client's rank among some.
+func best(client string, servers ...*server) string {
+	var ranked []affinity.Backend
+	for _, s := range servers {
+		ranked = append(ranked, affinity.Backend{Key: s.addr.String(), Weight: 1})
+	}
+	return servers[affinity.Rank(netip.MustParseAddr(client), ranked)[0]].name
+}
+
+func client(i int) string { return fmt.Sprintf("127.1.%d.%d", i/250, i%250+1) }
+
+func TestAffinity(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	met := map[string]int{}
+	for i := range 60 {
+		want := best(client(i), servers...)
+		for range 2 {
+			conn := dial(t, p, client(i))
+			if got := mustName(t, conn); got != want {
+				t.Fatalf("client %s came to %s, want %s", client(i), got, want)
+			}
+			conn.Close()
+		}
+		met[want]++
+	}
+	if len(met) != 3 {
+		t.Errorf("servers met: %v", met)
+	}
+	p.SetBackends(map[string]health.State{servers[0].name: health.Down})
+	for i := range 60 {
+		conn := dial(t, p, client(i))
+		want := best(client(i), servers...)
+		if want == servers[0].name {
+			want = best(client(i), servers[1:]...)
+		}
+		if got := mustName(t, conn); got != want {
+			t.Fatalf("client %s came to %s, want %s", client(i), got, want)
+		}
+		conn.Close()
+	}
+}
+
+func TestIPv6Client(t *testing.T) {
+	p := start(t, nil, three(t, echo)...)
+	mustName(t, dial(t, p, ""))
+	conn, err := net.Dial("tcp6", fmt.Sprintf("[::1]:%d", p.Port()))
+	if errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT) {
+		return // no IPv6 here, and IPv4 is served
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	mustName(t, conn)
+}
+
+func TestKilledBackendFailsNoNewConnection(t *testing.T) {
+	servers := three(t, echo)
+	var failures atomic.Int32
+	p := start(t, func(c *Config) {
+		c.OnConnectFailure = func(backend string, err error) {
+			if backend != servers[1].name || !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("backend %s failed with %v", backend, err)
+			}
+			failures.Add(1)
+		}
+	}, servers...)
+	for i := range 500 {
+		if i == 100 {
+			servers[1].kill()
+		}
+		conn := dial(t, p, client(i))
+		got := mustName(t, conn)
+		if _, err := conn.Write([]byte("ping")); err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		if _, err := io.ReadFull(conn, make([]byte, 4)); err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		if i >= 100 && got == servers[1].name {
+			t.Fatalf("connection %d came to the dead", i)
+		}
+		conn.Close()
+	}
+	if n := failures.Load(); n < 50 {
+		t.Errorf("only %d failures reported", n)
+	}
+	if got := p.Stats().Backends[1].Failures; got != uint64(failures.Load()) {
+		t.Errorf("%d failures counted, %d reported", got, failures.Load())
+	}
+}
+
+// A server that is cut off answers nothing at all; here, as its queue is full.
+func TestSilentBackendIsRaced(t *testing.T) {
+	servers := three(t, echo)
+	silent := full(t)
+	p := start(t, func(c *Config) {
+		c.Backends = append(c.Backends, Backend{Name: "silent", Address: silent, Weight: 1000})
+	}, servers...)
+	for i := range 5 {
+		began := time.Now()
+		got := mustName(t, dial(t, p, client(i)))
+		if want := best(client(i), servers...); got != want {
+			t.Errorf("client %s came to %s, want %s", client(i), got, want)
+		}
+		if took := time.Since(began); took < raceAfter || took > raceAfter+500*time.Millisecond {
+			t.Errorf("connecting took %v", took)
+		}
+	}
+}
+
+// full returns an address that neither accepts nor refuses connections.
+func full(t *testing.T) netip.AddrPort {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 20}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	name, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 20}), uint16(name.(*syscall.SockaddrInet4).Port))
+	for range 10 {
+		conn, err := net.DialTimeout("tcp", addr.String(), 50*time.Millisecond)
+		if err != nil {
+			return addr
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+	t.Fatal("the queue is not full")
+	return addr
+}
+
+func TestDownBackendsConnectionsAreReset(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	conns := map[string][]*net.TCPConn{}
+	for i := range 90 {
+		conn := dial(t, p, client(i))
+		met := mustName(t, conn)
+		conns[met] = append(conns[met], conn)
+	}
+	down := map[string]health.State{servers[2].name: health.Down}
+	began := time.Now()
+	p.SetBackends(down)
+	for _, conn := range conns[servers[2].name] {
+		if _, err := conn.Read(make([]byte, 1)); !isReset(err) {
+			t.Fatalf("a connection to the one that is down: %v, want a reset", err)
+		}
+	}
+	if took := time.Since(began); took > 50*time.Millisecond {
+		t.Errorf("resetting took %v", took)
+	}
+	p.SetBackends(down)
+	for _, s := range servers[:2] {
+		for _, conn := range conns[s.name] {
+			if _, err := conn.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := conn.Read(make([]byte, 1)); err != nil {
+				t.Fatalf("a connection to one that is up: %v", err)
+			}
+		}
+	}
+}
+
+func TestDrainingAndOnDownDrainLeaveConnections(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, func(c *Config) { c.OnDown = OnDownDrain }, servers...)
+	conn := dial(t, p, "")
+	met := mustName(t, conn)
+	for _, state := range []health.State{health.Draining, health.Down} {
+		p.SetBackends(map[string]health.State{met: state})
+		if _, err := conn.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatalf("while %v: %v", state, err)
+		}
+		if got := mustName(t, dial(t, p, "")); got == met {
+			t.Errorf("a new connection came to %s while %v", met, state)
+		}
+	}
+	p.SetBackends(map[string]health.State{met: health.Disabled})
+	if _, err := conn.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("disabled: %v, want a reset", err)
+	}
+}
+
+func TestAllDownFailsOpen(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	all(p, health.Down)
+	for i := range 20 {
+		if got, want := mustName(t, dial(t, p, client(i))), best(client(i), servers...); got != want {
+			t.Errorf("client %s came to %s, want %s", client(i), got, want)
+		}
+	}
+	if got := p.Stats().FailedOpen; got != 20 {
+		t.Errorf("%d failed open, want 20", got)
+	}
+	p.SetBackends(map[string]health.State{servers[0].name: health.Draining})
+	if got := mustName(t, dial(t, p, "")); got != servers[0].name {
+		t.Errorf("came to %s; want the draining one before those that are down", got)
+	}
+	p.SetBackends(map[string]health.State{servers[0].name: health.Disabled})
+	for i := range 20 {
+		if got := mustName(t, dial(t, p, client(i))); got == servers[0].name {
+			t.Errorf("came to the disabled one")
+		}
+	}
+}
+
+func TestNoneAcceptsResetsAtOnce(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	for _, s := range servers {
+		s.kill()
+	}
+	for _, state := range []health.State{health.Up, health.Down, health.Disabled} {
+		all(p, state)
+		began := time.Now()
+		if err := refused(p); !isReset(err) {
+			t.Errorf("while all are %v: %v, want a reset", state, err)
+		}
+		if took := time.Since(began); took > raceAfter {
+			t.Errorf("while all are %v it took %v", state, took)
+		}
+	}
+	eventually(t, "three counted", func() bool { return p.Stats().Unserved == 3 })
+}
+
+// freePort returns a port that can be bound, below those the kernel gives to outgoing
+// connections: one of those may linger there.
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	for range 100 {
+		port := 20_000 + rand.IntN(10_000)
+		if l, err := net.Listen("tcp", fmt.Sprintf(":%d", port)); err == nil {
+			l.Close()
+			return uint16(port)
+		}
+	}
+	t.Fatal("no free port found")
+	return 0
+}
+
+func TestRefusesToLoop(t *testing.T) {
+	port := freePort(t)
+	var looped atomic.Bool
+	p := start(t, func(c *Config) {
+		c.Port = port
+		c.Backends = []Backend{{Name: "self", Address: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.9"), port)}}
+		c.OnConnectFailure = func(_ string, err error) { looped.Store(errors.Is(err, ErrLoop)) }
+	})
+	if err := refused(p); !isReset(err) {
+		t.Errorf("got %v, want a reset", err)
+	}
+	if !looped.Load() || p.Stats().Accepted != 1 {
+		t.Errorf("loop seen: %t; %d connections accepted, want 1", looped.Load(), p.Stats().Accepted)
+	}
+}
+
+// Both directions carry 8 MB at once; each is ended by itself.
+func TestHalfCloseBothWays(t *testing.T) {
+	const size = 8 << 20
+	data := make([]byte, size)
+	rand.NewChaCha8([32]byte{1}).Read(data)
+	want := sha256.Sum256(data)
+	hash := func(r io.Reader) ([32]byte, error) {
+		h := sha256.New()
+		n, err := io.Copy(h, r)
+		if err == nil && n != size {
+			err = fmt.Errorf("%d bytes came, want %d", n, size)
+		}
+		return [32]byte(h.Sum(nil)), err
+	}
+	// Each side sends all, ends its direction, and reads the other to its end. The
+	// side that begins ends long before the other one has begun.
+	exchange := func(conn *net.TCPConn, first bool) error {
+		send := func() error {
+			if _, err := io.Copy(conn, bytes.NewReader(data)); err != nil {
+				return err
+			}
+			return conn.CloseWrite()
+		}
+		check := func() error {
+			got, err := hash(conn)
+			if err == nil && got != want {
+				err = errors.New("the bytes differ")
+			}
+			return err
+		}
+		if first {
+			return errors.Join(send(), check())
+		}
+		return errors.Join(check(), send())
+	}
+	for _, clientFirst := range []bool{true, false} {
+		t.Run(fmt.Sprintf("client first %t", clientFirst), func(t *testing.T) {
+			served := make(chan error, 1)
+			s := serve(t, "127.0.0.11:0", func(conn *net.TCPConn) { served <- exchange(conn, !clientFirst) })
+			p := start(t, nil, s)
+			conn := dial(t, p, "")
+			mustName(t, conn)
+			if err := exchange(conn, clientFirst); err != nil {
+				t.Errorf("client: %v", err)
+			}
+			if err := <-served; err != nil {
+				t.Errorf("server: %v", err)
+			}
+			eventually(t, "the connection has ended", func() bool { return established(p) == 0 })
+			b := p.Stats().Backends[0]
+			if b.Sent != size || b.Received != size+16 || b.Total != 1 {
+				t.Errorf("counts %+v", b)
+			}
+		})
+	}
+	t.Run("at the same time", func(t *testing.T) {
+		p := start(t, nil, serve(t, "127.0.0.11:0", echo))
+		conn := dial(t, p, "")
+		mustName(t, conn)
+		sent := make(chan error, 1)
+		go func() {
+			_, err := conn.Write(data)
+			sent <- errors.Join(err, conn.CloseWrite())
+		}()
+		got, err := hash(conn)
+		if err = errors.Join(err, <-sent); err != nil || got != want {
+			t.Errorf("equal: %t, error %v", got == want, err)
+		}
+	})
+}
+
+// A reader that stops holds the sender back, and loses nothing.
+func TestSlowReader(t *testing.T) {
+	const size = 16 << 20
+	written := make(chan struct{})
+	s := serve(t, "127.0.0.11:0", func(conn *net.TCPConn) {
+		conn.Write(make([]byte, size))
+		close(written)
+	})
+	p := start(t, nil, s)
+	conn := dial(t, p, "")
+	conn.SetReadBuffer(16 << 10)
+	mustName(t, conn)
+	var at uint64
+	eventually(t, "nothing moves any more", func() bool {
+		before := p.Stats().Backends[0].Received
+		time.Sleep(50 * time.Millisecond)
+		at = p.Stats().Backends[0].Received
+		return at == before
+	})
+	select {
+	case <-written:
+		t.Errorf("%d bytes were taken from the server while the client read nothing", at)
+	default:
+	}
+	if n, err := io.Copy(io.Discard, conn); n != size || err != nil {
+		t.Errorf("%d bytes came, error %v", n, err)
+	}
+}
+
+func TestResetsArePassedOn(t *testing.T) {
+	ended := make(chan error, 1)
+	tests := []struct {
+		name   string
+		server func(*net.TCPConn)
+		client func(*Proxy)
+	}{
+		{"from the client", func(c *net.TCPConn) {
+			_, err := c.Read(make([]byte, 1))
+			ended <- err
+		}, func(p *Proxy) {
+			conn := dial(t, p, "")
+			mustName(t, conn)
+			abort(conn)
+		}},
+		{"from the client, after it ended its direction", func(c *net.TCPConn) {
+			if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+				ended <- fmt.Errorf("%d bytes and %v before the end", n, err)
+				return
+			}
+			fmt.Fprint(c, "!")
+			ended <- awaitReset(c)
+		}, func(p *Proxy) {
+			conn := dial(t, p, "")
+			mustName(t, conn)
+			conn.CloseWrite()
+			conn.Read(make([]byte, 1))
+			abort(conn)
+		}},
+		{"from the server", abort, func(p *Proxy) { ended <- refused(p) }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := start(t, nil, serve(t, "127.0.0.11:0", tt.server))
+			tt.client(p)
+			select {
+			case err := <-ended:
+				if !isReset(err) {
+					t.Errorf("got %v, want a reset", err)
+				}
+			case <-time.After(5 * time.Second):
+				t.Error("no reset came")
+			}
+			eventually(t, "the connection has ended", func() bool { return established(p) == 0 })
+		})
+	}
+}
+
+// Clients that end in every way leave nothing behind: goleak looks after all tests.
+func TestManyConnectionsLeaveNothing(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	var group sync.WaitGroup
+	for worker := range 8 {
+		group.Go(func() {
+			random := rand.New(rand.NewPCG(1, uint64(worker)))
+			for i := range 250 {
+				conn, err := net.Dial("tcp4", fmt.Sprintf("127.0.0.1:%d", p.Port()))
+				if err != nil {
+					t.Errorf("connection %d: %v", i, err)
+					return
+				}
+				c := conn.(*net.TCPConn)
+				c.SetDeadline(time.Now().Add(20 * time.Second))
+				switch random.IntN(5) {
+				case 0: // at once
+					abort(c)
+				case 1: // in the middle
+					c.Write(make([]byte, random.IntN(200_000)))
+					abort(c)
+				case 2: // without a word
+					c.Close()
+				case 3: // half, and never reads
+					c.CloseWrite()
+					abort(c)
+				case 4: // in good order
+					c.Write([]byte("x"))
+					c.CloseWrite()
+					if n, err := io.Copy(io.Discard, c); n != 17 || err != nil {
+						t.Errorf("%d bytes, error %v", n, err)
+					}
+					c.Close()
+				}
+			}
+		})
+	}
+	group.Wait()
+	eventually(t, "all are accepted", func() bool { return p.Stats().Accepted == 2000 })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := p.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+	if established(p) != 0 {
+		t.Errorf("stats %+v", p.Stats())
+	}
+}
+
+// Run does not end for want of descriptors, and goes on when there are some again.
+func TestAcceptSurvives(t *testing.T) {
+	p := start(t, nil, three(t, echo)...)
+	mustName(t, dial(t, p, "")) // so that the network is set up
+	waiting := dialWithoutDescriptors(t, p)
+	mustName(t, waiting)
+	if p.Stats().AcceptErrors == 0 {
+		t.Error("no error was met")
+	}
+}
+
+// dialWithoutDescriptors connects to the proxy while the process has no descriptor
+// left, and gives them back once an accept has failed.
+func dialWithoutDescriptors(t *testing.T, p *Proxy) net.Conn {
+	t.Helper()
+	var before syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := os.NewFile(uintptr(fd), "client")
+	defer file.Close()
+	few := before
+	few.Cur = uint64(fd) + 1
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &few); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before)
+	var spare []int // lower numbers may be free
+	defer func() {
+		for _, s := range spare {
+			syscall.Close(s)
+		}
+	}()
+	for err == nil {
+		var s int
+		if s, err = syscall.Dup(fd); err == nil {
+			spare = append(spare, s)
+		}
+	}
+	if err := syscall.Connect(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(p.Port())}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "an accept has failed", func() bool { return p.Stats().AcceptErrors > 0 })
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.FileConn(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return conn
+}
+
+func TestSocketOptions(t *testing.T) {
+	p := start(t, nil, serve(t, "127.0.0.11:0", echo))
+	mustName(t, dial(t, p, ""))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for l := range p.backends[0].links {
+		for side, conn := range map[string]*net.TCPConn{"client": l.client, "server": l.server} {
+			raw, err := conn.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, o := range []struct {
+				name                string
+				level, option, want int
+			}{
+				{"TCP_USER_TIMEOUT", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, 30_000},
+				{"SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+				{"TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},
+				{"TCP_NODELAY", unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+				{"SO_PROTOCOL", unix.SOL_SOCKET, unix.SO_PROTOCOL, unix.IPPROTO_TCP},
+			} {
+				raw.Control(func(fd uintptr) {
+					if got, err := unix.GetsockoptInt(int(fd), o.level, o.option); got != o.want || err != nil {
+						t.Errorf("%s: %s is %d (error %v), want %d", side, o.name, got, err, o.want)
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestEnd(t *testing.T) {
+	s := serve(t, "127.0.0.11:0", echo)
+	p, err := New(Config{
+		Name: "kube-api", OnDown: OnDownClose,
+		Backends: []Backend{{Name: s.name, Address: s.addr}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Run(t.Context()); err == nil {
+		t.Error("it ran without listening")
+	}
+	if err := p.Listen(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Listen(); err == nil {
+		t.Error("it listens twice")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- p.Run(ctx) }()
+	conn := dial(t, p, "")
+	mustName(t, conn)
+
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if _, err := net.Dial("tcp4", fmt.Sprintf("127.0.0.1:%d", p.Port())); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a connection after the end: %v, want refusal", err)
+	}
+	if _, err := conn.Write([]byte("x")); err != nil {
+		t.Error(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Errorf("an old connection after the end: %v", err)
+	}
+
+	short, cancelShort := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancelShort()
+	if err := p.Drain(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("draining an open connection: %v", err)
+	}
+	p.Close()
+	if _, err := conn.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("after Close: %v, want a reset", err)
+	}
+	if err := p.Drain(t.Context()); err != nil {
+		t.Errorf("draining what is empty: %v", err)
+	}
+	p.Close()
+}
+
+func TestNewRefuses(t *testing.T) {
+	if _, err := New(Config{Name: "kube-api"}); err == nil {
+		t.Error("no OnDown, no error")
+	}
+	if _, err := New(Config{Name: "kube-api", OnDown: OnDownClose, Backends: []Backend{{Name: "a"}}}); err == nil {
+		t.Error("no address, no error")
+	}
+}
+
+func BenchmarkRelay(b *testing.B) {
+	for _, size := range []int{1 << 10, 128 << 10} {
+		b.Run(fmt.Sprintf("%d bytes", size), func(b *testing.B) {
+			pair := func() (*net.TCPConn, *net.TCPConn) {
+				l, err := net.Listen("tcp", "127.0.0.1:0")
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer l.Close()
+				out, err := net.Dial("tcp", l.Addr().String())
+				if err != nil {
+					b.Fatal(err)
+				}
+				in, err := l.Accept()
+				if err != nil {
+					b.Fatal(err)
+				}
+				return out.(*net.TCPConn), in.(*net.TCPConn)
+			}
+			client, left := pair()
+			right, far := pair()
+			var sent, received atomic.Uint64
+			var done sync.WaitGroup
+			done.Go(func() { relay(left, right, &sent, &received) })
+			done.Go(func() { echo(far); far.Close() })
+			out, in := slices.Repeat([]byte("x"), size), make([]byte, size)
+			b.SetBytes(int64(2 * size))
+			b.ReportAllocs()
+			for b.Loop() {
+				done := make(chan error, 1)
+				go func() {
+					_, err := client.Write(out)
+					done <- err
+				}()
+				if _, err := io.ReadFull(client, in); err != nil || <-done != nil {
+					b.Fatal("echo failed")
+				}
+			}
+			client.Close()
+			done.Wait()
+		})
+	}
+}
