@@ -1,0 +1,87 @@
+package server
+
+import (
+	"context"
+	"errors"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// ErrorDomain is the domain of every google.rpc.ErrorInfo that an agent sends.
+const ErrorDomain = "hamesh.io"
+
+// What a [ControlSink] or [MeshPeer] may answer, wrapped with what it was about; the
+// caller gets the code and the reason that the error table has for it.
+var (
+	ErrVIPUnknown       = errors.New("no such VIP is configured")
+	ErrNodeUnknown      = errors.New("no such node is configured")
+	ErrNodeNotEligible  = errors.New("the node may not take the VIP now")
+	ErrNoOtherCandidate = errors.New("no other candidate may take the VIP now")
+	ErrNoOwner          = errors.New("the VIP has no owner now")
+	ErrMoveInProgress   = errors.New("another move of the VIP is in progress")
+	ErrMoveFailed       = errors.New("the move failed")
+	ErrOwnerUnreachable = errors.New("the VIP's owner cannot be reached")
+	ErrStoreUnavailable = errors.New("the store does not answer")
+)
+
+// What the server itself answers.
+var (
+	errUnidentified   = errors.New("the certificate names no role in this mesh")
+	errRole           = errors.New("the caller's role does not allow this call")
+	errNotAPeer       = errors.New("the caller is no other member of this mesh")
+	errForeignMember  = errors.New("a heartbeat speaks for a member other than its sender")
+	errEmptyHeartbeat = errors.New("the request holds no heartbeat")
+	errStopping       = errors.New("the agent is stopping")
+	errPanic          = errors.New("internal error, see the agent's log")
+)
+
+var errorTable = []struct {
+	err    error
+	code   codes.Code
+	reason string
+}{
+	{ErrVIPUnknown, codes.NotFound, "VIP_UNKNOWN"},
+	{ErrNodeUnknown, codes.NotFound, "NODE_UNKNOWN"},
+	{ErrNodeNotEligible, codes.FailedPrecondition, "NODE_NOT_ELIGIBLE"},
+	{ErrNoOtherCandidate, codes.FailedPrecondition, "NO_OTHER_CANDIDATE"},
+	{ErrNoOwner, codes.FailedPrecondition, "NO_OWNER"},
+	{ErrMoveInProgress, codes.Aborted, "MOVE_IN_PROGRESS"},
+	{ErrMoveFailed, codes.Aborted, "MOVE_FAILED"},
+	{ErrOwnerUnreachable, codes.Unavailable, "OWNER_UNREACHABLE"},
+	{ErrStoreUnavailable, codes.Unavailable, "STORE_UNAVAILABLE"},
+	{errUnidentified, codes.Unauthenticated, "UNIDENTIFIED"},
+	{errRole, codes.PermissionDenied, "ROLE_INSUFFICIENT"},
+	{errNotAPeer, codes.PermissionDenied, "NOT_A_PEER"},
+	{errForeignMember, codes.PermissionDenied, "MEMBER_MISMATCH"},
+	{errEmptyHeartbeat, codes.InvalidArgument, "HEARTBEAT_MISSING"},
+	{errStopping, codes.Unavailable, "STOPPING"},
+	{errPanic, codes.Internal, "INTERNAL"},
+}
+
+// statusError turns err into what goes over the wire. An error that already is a gRPC
+// status, because another agent sent it, keeps its code and reason.
+func statusError(err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, row := range errorTable {
+		if !errors.Is(err, row.err) {
+			continue
+		}
+		st, detailErr := status.New(row.code, err.Error()).WithDetails(
+			&errdetails.ErrorInfo{Domain: ErrorDomain, Reason: row.reason})
+		if detailErr != nil {
+			return status.Error(row.code, err.Error())
+		}
+		return st.Err()
+	}
+	if st, ok := status.FromError(err); ok {
+		return st.Err()
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return status.FromContextError(err).Err()
+	}
+	return status.Error(codes.Unknown, err.Error())
+}

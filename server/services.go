@@ -1,0 +1,105 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+)
+
+// GetStatus implements StatusService.
+func (s *Server) GetStatus(context.Context, *hameshv1.GetStatusRequest) (*hameshv1.GetStatusResponse, error) {
+	return s.status.Status(), nil
+}
+
+// WatchStatus implements StatusService. Each message is the newest status at the time
+// that it is sent, at most one every 50 ms.
+func (s *Server) WatchStatus(_ *hameshv1.WatchStatusRequest, stream grpc.ServerStreamingServer[hameshv1.WatchStatusResponse]) error {
+	pace := time.NewTicker(watchInterval)
+	defer pace.Stop()
+	for {
+		// Asked for before the status is read, so that no change is missed in between.
+		changed := s.status.Changed()
+		if err := stream.Send(&hameshv1.WatchStatusResponse{Status: s.status.Status()}); err != nil {
+			return err
+		}
+		pace.Reset(watchInterval)
+		if err := wait(stream.Context(), s.stopping, changed); err != nil {
+			return err
+		}
+		if err := wait(stream.Context(), s.stopping, pace.C); err != nil {
+			return err
+		}
+	}
+}
+
+// wait returns nil at an event, and an error when the caller leaves or the server stops.
+func wait[T any](ctx context.Context, stopping <-chan struct{}, event <-chan T) error {
+	select {
+	case <-event:
+		return nil
+	case <-stopping:
+		return errStopping
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// MoveVip implements ControlService.
+func (s *Server) MoveVip(request *hameshv1.MoveVipRequest, stream grpc.ServerStreamingServer[hameshv1.MoveVipResponse]) error {
+	s.log.Info("a move is asked for", "vip", request.GetVip(), "to", request.GetTo(),
+		"request_id", request.GetRequestId(), "caller", identityFrom(stream.Context()).name)
+	return s.control.MoveVip(stream.Context(), request, stream.Send)
+}
+
+// Exchange implements MeshService.
+func (s *Server) Exchange(stream grpc.BidiStreamingServer[hameshv1.ExchangeRequest, hameshv1.ExchangeResponse]) error {
+	from := identityFrom(stream.Context()).name
+	if from != "" && !slices.Contains(s.peers, from) {
+		return fmt.Errorf("heartbeats from %q: %w", from, errNotAPeer)
+	}
+	for {
+		request, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		// Recv cannot be interrupted, and heartbeats never end by themselves.
+		case <-s.stopping:
+			return errStopping
+		default:
+		}
+		heartbeat := request.GetHeartbeat()
+		if heartbeat == nil {
+			return errEmptyHeartbeat
+		}
+		if from == "" {
+			from = heartbeat.GetMember()
+			if !slices.Contains(s.peers, from) {
+				return fmt.Errorf("heartbeats from %q: %w", from, errNotAPeer)
+			}
+		}
+		if heartbeat.GetMember() != from {
+			return fmt.Errorf("heartbeat of %q from %q: %w", heartbeat.GetMember(), from, errForeignMember)
+		}
+		ack, err := s.peer.Heartbeat(stream.Context(), from, heartbeat)
+		if err != nil {
+			return err
+		}
+		if ack == nil {
+			continue
+		}
+		if err := stream.Send(ack); err != nil {
+			return err
+		}
+	}
+}
