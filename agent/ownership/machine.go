@@ -68,6 +68,9 @@ type peer struct {
 	heard   bool
 	heardAt Instant
 	beat    Heartbeat // the newest
+	// withdrawn is the newest boot that the peer's guard has reported dead: whatever it
+	// or an earlier one claims is void, and nothing of theirs is heard any more.
+	withdrawn uint64
 }
 
 // vip is what a member knows and wants of one VIP.
@@ -194,6 +197,8 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 		}
 	case Eligibility:
 		m.eligible = ev.Eligible
+	case Withdrawn:
+		m.takeWithdrawal(ev)
 	case MoveOrder:
 		m.takeOrder(now, ev)
 	case Shutdown:

@@ -127,7 +127,7 @@ func (p *peer) report(vip string) (Report, bool) {
 // receive takes a peer's heartbeat and says whether it is to be answered.
 func (m *Machine) receive(now Instant, b Heartbeat) (answer bool) {
 	p := m.peer(b.Member)
-	if p == nil || (p.heard && b.Boot < p.beat.Boot) {
+	if p == nil || (p.heard && b.Boot < p.beat.Boot) || b.Boot <= p.withdrawn {
 		return false
 	}
 	reborn := p.heard && b.Boot > p.beat.Boot
@@ -164,6 +164,22 @@ func (m *Machine) receive(now Instant, b Heartbeat) (answer bool) {
 	return true
 }
 
+// takeWithdrawal takes a guard's word. It replaces the wait for that member's silence and
+// nothing else: up for S, unchanged for S, majority and compares remain.
+func (m *Machine) takeWithdrawal(w Withdrawn) {
+	p := m.peer(w.Member)
+	if p == nil || (p.heard && p.beat.Boot > w.Boot) || w.Boot <= p.withdrawn {
+		return
+	}
+	p.withdrawn = w.Boot
+	p.heard = false // its heartbeats are history
+	for _, v := range m.vips {
+		if slices.Contains(w.VIPs, v.Name) {
+			delete(v.claimAt, p.Name)
+		}
+	}
+}
+
 // takeAck counts the confirmations in an ack.
 func (m *Machine) takeAck(p *peer, b Heartbeat) {
 	s := m.sent[b.AckSeq%sentRing]
@@ -193,6 +209,10 @@ func (m *Machine) settle(_ Instant, v *vip) {
 		return
 	}
 	p := m.peer(v.rec.Prev)
+	if p != nil && p.withdrawn >= v.rec.PrevBoot {
+		v.settled = true
+		return
+	}
 	if p == nil || !p.heard || p.beat.Boot < v.rec.PrevBoot {
 		return
 	}

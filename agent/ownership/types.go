@@ -244,6 +244,15 @@ type AddressState struct {
 // Eligibility says whether this member may take VIPs.
 type Eligibility struct{ Eligible bool }
 
+// Withdrawn is the word of a member's guard: the kernel has reported that the agent of
+// that boot is gone, and its addresses have been taken off and seen to be off. It is
+// proof where silence is none.
+type Withdrawn struct {
+	Member string
+	Boot   uint64
+	VIPs   []string
+}
+
 // MoveOrder asks the owner to hand a VIP to another candidate. It is answered by
 // [MoveProgress]; an owner takes one order at a time.
 type MoveOrder struct {
@@ -264,6 +273,7 @@ func (LeaseLost) event()         {}
 func (WriteResult) event()       {}
 func (AddressState) event()      {}
 func (Eligibility) event()       {}
+func (Withdrawn) event()         {}
 func (MoveOrder) event()         {}
 func (Shutdown) event()          {}
 

@@ -1,0 +1,564 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/credentials"
+
+	"github.com/hamesh/hamesh/agent/announce"
+	"github.com/hamesh/hamesh/agent/config"
+	tlsfiles "github.com/hamesh/hamesh/agent/credentials"
+	"github.com/hamesh/hamesh/agent/metrics"
+	"github.com/hamesh/hamesh/agent/ownership"
+	"github.com/hamesh/hamesh/agent/peer"
+	"github.com/hamesh/hamesh/agent/store"
+	"github.com/hamesh/hamesh/agent/vip"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+	"github.com/hamesh/hamesh/server"
+)
+
+// Version is the agent's, as the module was built.
+var Version = buildVersion()
+
+func buildVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
+const (
+	// handOverWithin is how long a stopping agent tries to hand its VIPs over.
+	handOverWithin = 5 * time.Second
+	// changesKept is how many changes may wait for a slow log; more are not logged.
+	changesKept = 1024
+)
+
+// Agent is one node's agent.
+type Agent struct {
+	cfg *config.Config
+	log hclog.Logger
+
+	store     *store.Store
+	kernel    *vip.Kernel
+	announcer *announce.Announcer
+	keeper    *keeper
+	loop      *loop
+	links     map[string]*peer.Link
+	services  []*service
+	server    *server.Server
+	moves     *moves
+	board     *board
+	metrics   *metrics.Metrics
+
+	ctx    context.Context // of every task
+	group  *errgroup.Group
+	beatAt atomic.Int64 // when the loop last stepped, Unix nanoseconds
+
+	carrierMu sync.Mutex
+	noCarrier map[string]bool // interfaces known to have none
+
+	silent   chan map[string]ownership.Instant // the newest, for the services
+	stopped  chan struct{}                     // closed when everything has been handed over
+	stopOnce sync.Once
+	changes  chan ownership.Change
+	closers  []func()
+}
+
+// New prepares the agent of a resolved configuration: it takes the node's lock, sweeps
+// what an earlier run has left, and binds every port; nothing runs yet. Close undoes it.
+func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
+	a := &Agent{
+		cfg: cfg, log: log, board: newBoard(), links: map[string]*peer.Link{}, noCarrier: map[string]bool{},
+		silent: make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
+	}
+	defer func() {
+		if err != nil {
+			a.Close()
+		}
+	}()
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the data directory: %w", err)
+	}
+	unlock, err := lockNode(cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	a.closers = append(a.closers, unlock)
+	boot, err := nextBoot(cfg.DataDir, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	if err := a.openKernel(); err != nil {
+		return nil, err
+	}
+	if err := a.openStore(boot); err != nil {
+		return nil, err
+	}
+	a.metrics = metrics.New(Version, a.samples)
+	for _, p := range cfg.Proxies {
+		s, err := newService(p, cfg.Node.Name, cfg.Timing, log, a.metrics, a.serviceChanged)
+		if err != nil {
+			return nil, fmt.Errorf("proxy %s: %w", p.Name, err)
+		}
+		if err := s.proxy.Listen(); err != nil {
+			return nil, fmt.Errorf("proxy %s: %w", p.Name, err)
+		}
+		a.closers = append(a.closers, s.proxy.Close)
+		a.services = append(a.services, s)
+	}
+	a.moves = newMoves(a)
+	a.loop = &loop{
+		machine: ownership.New(a.ownershipConfig(boot), now()),
+		inputs:  make(chan input),
+		store:   a.store.Events(),
+		beat:    func() { a.beatAt.Store(time.Now().UnixNano()) },
+		effects: effects{
+			hold: a.keeper.set, broadcast: a.broadcast, write: a.store.Write, progress: a.progress,
+			silent: a.fellSilent, change: a.changed, stopped: func() { a.stopOnce.Do(func() { close(a.stopped) }) },
+		},
+	}
+	return a, a.openMesh()
+}
+
+// openKernel connects to netlink and sweeps: before the first heartbeat of this boot, so
+// that others may take a newer boot id for proof that the older one holds nothing.
+func (a *Agent) openKernel() (err error) {
+	var managed []vip.Address
+	if a.cfg.Node.Role == config.Candidate {
+		for _, v := range a.cfg.VIPs {
+			managed = append(managed, vip.Address{VIP: v.Name, Addr: v.Address, Interface: v.Interface})
+		}
+	}
+	if a.kernel, err = vip.Open(a.log.Named("vip"), managed); err != nil {
+		return err
+	}
+	a.closers = append(a.closers, a.kernel.Close)
+	if _, err := a.kernel.Sweep(); err != nil {
+		return err
+	}
+	a.announcer = announce.New(a.log.Named("announce"), announce.Config{LeaseTTL: a.cfg.Timing.LeaseTTL})
+	a.keeper = newKeeper(a.kernel, managed, a.cfg.Timing.LeaseTTL, a.log)
+	a.keeper.report = func(s ownership.AddressState) { a.loop.post(a.ctx, s) }
+	a.keeper.onHeld = func(name string, epoch int64) {
+		v := a.vip(name)
+		a.announcer.Start(announce.Target{VIP: name, Addr: v.Address, Interface: v.Interface}, epoch)
+	}
+	a.keeper.onGone = a.announcer.Stop
+	return nil
+}
+
+func (a *Agent) openStore(boot uint64) (err error) {
+	c := store.Config{
+		Mesh: a.cfg.Mesh, Member: a.cfg.Node.Name, DataDir: a.cfg.DataDir, Boot: boot,
+		LeaseTTL: a.cfg.Timing.LeaseTTL, Poll: a.timing().StorePoll(), Now: now, Log: a.log.Named("store"),
+	}
+	for _, m := range a.cfg.Members {
+		c.Members = append(c.Members, store.Member{Name: m.Name, Address: m.Address})
+	}
+	if e := a.cfg.Store.External; e != nil {
+		c.External = &store.External{Endpoints: e.Endpoints, Prefix: e.Prefix}
+		if e.TLS != nil {
+			c.External.CAFile, c.External.CertFile, c.External.KeyFile = e.TLS.CAFile, e.TLS.CertFile, e.TLS.KeyFile
+		}
+	} else {
+		e := a.cfg.Store.Embedded
+		c.Embedded = &store.Embedded{ClientPort: int(e.ClientPort), PeerPort: int(e.PeerPort), Address: a.cfg.Node.Address}
+		if !a.cfg.TLS.Insecure {
+			c.TLS = &store.TLSFiles{CAFile: a.cfg.TLS.CAFile, CertFile: a.cfg.TLS.CertFile, KeyFile: a.cfg.TLS.KeyFile}
+		}
+	}
+	a.store, err = store.Open(c)
+	return err
+}
+
+// openMesh makes the server and the links to every other member.
+func (a *Agent) openMesh() (err error) {
+	client := func(string) credentials.TransportCredentials { return nil }
+	options := server.Options{Mesh: a.cfg.Mesh, Node: a.cfg.Node.Name, Insecure: a.cfg.TLS.Insecure, Log: a.log.Named("server")}
+	if !a.cfg.TLS.Insecure {
+		files, err := tlsfiles.Open(a.cfg.TLS.CAFile, a.cfg.TLS.CertFile, a.cfg.TLS.KeyFile)
+		if err != nil {
+			return err
+		}
+		options.TLS, client = files.Server(), files.Client
+	}
+	for _, m := range a.cfg.Members {
+		options.Members = append(options.Members, m.Name)
+		if m.Name == a.cfg.Node.Name {
+			continue
+		}
+		a.links[m.Name] = peer.New(peer.Config{
+			Name: m.Name, Address: netip.AddrPortFrom(m.Address, a.cfg.API.Port), Credentials: client(m.Name),
+			Silence: max(10*a.cfg.Timing.Heartbeat, time.Second), Log: a.log.Named("peer"),
+			OnAck: func(ack *hameshv1.ExchangeResponse, took time.Duration) { a.acked(m.Name, ack, took) },
+		})
+	}
+	a.server, err = server.New(options, a, a.moves, a)
+	return err
+}
+
+func (a *Agent) timing() ownership.Timing {
+	t := a.cfg.Timing
+	return ownership.Timing{Heartbeat: t.Heartbeat, HoldWindow: t.HoldWindow, SuspectAfter: t.SuspectAfter, LeaseTTL: t.LeaseTTL, Margin: t.Margin}
+}
+
+func (a *Agent) ownershipConfig(boot uint64) ownership.Config {
+	c := ownership.Config{Self: a.cfg.Node.Name, Boot: boot, Timing: a.timing(), ExternalStore: a.cfg.Store.External != nil}
+	for _, m := range a.cfg.Members {
+		c.Members = append(c.Members, ownership.Member{Name: m.Name, Witness: m.Role == config.Witness, Priority: m.Priority})
+	}
+	for _, v := range a.cfg.VIPs {
+		c.VIPs = append(c.VIPs, ownership.VIP{Name: v.Name, Preferred: v.Preferred, Preempt: v.Preempt})
+	}
+	return c
+}
+
+// Close lets go of what New has taken.
+func (a *Agent) Close() {
+	for _, c := range slices.Backward(a.closers) {
+		c()
+	}
+	a.closers = nil
+}
+
+// Run works until ctx ends, then hands everything over, and returns nil. Any task that
+// fails ends the rest.
+func (a *Agent) Run(ctx context.Context) error {
+	listeners, err := a.listen()
+	if err != nil {
+		return err
+	}
+	metricsListener, err := net.Listen("tcp", a.cfg.Metrics.Listen.String())
+	if err != nil {
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+
+	tasks, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	a.group, a.ctx = errgroup.WithContext(tasks)
+	a.beatAt.Store(time.Now().UnixNano())
+
+	a.task("store", a.store.Run)
+	a.task("ownership loop", a.loop.run)
+	a.task(a.keeper.String(), a.keeper.run)
+	a.task(a.announcer.String(), a.announcer.Run)
+	a.task("server", func(ctx context.Context) error { return a.server.Serve(ctx, listeners...) })
+	a.task("metrics", func(ctx context.Context) error { return serveHTTP(ctx, metricsListener, a.observeHandler()) })
+	a.task("kernel watch", a.watchKernel)
+	a.task("journal", a.journal)
+	a.task("mourner", a.mourn)
+	for _, l := range a.links {
+		a.task(l.String(), l.Run)
+	}
+	for _, s := range a.services {
+		a.task(s.String(), s.run)
+	}
+	a.task("readiness", a.tellReady)
+
+	select {
+	case <-a.ctx.Done(): // a task has failed
+	case <-ctx.Done():
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping) // no systemd, no notice
+		a.handOver()
+	}
+	cancel()
+	err = a.group.Wait()
+	return errors.Join(err, a.leave())
+}
+
+// task runs one long-lived part under the group; its error names it.
+func (a *Agent) task(name string, run func(context.Context) error) {
+	a.group.Go(func() error {
+		if err := run(a.ctx); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		return nil
+	})
+}
+
+// handOver gives every VIP to somebody else, while everything still runs.
+func (a *Agent) handOver() {
+	a.log.Info("stopping: handing over")
+	a.loop.post(a.ctx, ownership.Shutdown{})
+	select {
+	case <-a.stopped:
+	case <-a.ctx.Done():
+	case <-time.After(handOverWithin):
+		a.log.Warn("nobody took everything over in time", "timeout", handOverWithin)
+	}
+}
+
+// leave takes the last addresses off, then gives back the lease and stops the store.
+func (a *Agent) leave() error {
+	_, err := a.kernel.Sweep()
+	if err == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if err := a.store.Revoke(ctx); err != nil {
+			a.log.Debug("could not give the lease back; it will run out", "error", err)
+		}
+	}
+	return errors.Join(err, a.store.Close())
+}
+
+func (a *Agent) listen() ([]net.Listener, error) {
+	socket, err := server.ListenSocket(a.cfg.API.Socket)
+	if err != nil {
+		return nil, err
+	}
+	// Bound to every address: also to those that the node gets only later.
+	tcp, err := net.Listen("tcp", fmt.Sprintf(":%d", a.cfg.API.Port))
+	if err != nil {
+		socket.Close()
+		return nil, fmt.Errorf("serve gRPC: %w", err)
+	}
+	return []net.Listener{tcp, socket}, nil
+}
+
+func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+	defer context.AfterFunc(ctx, func() { s.Close() })()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// tellReady tells systemd when the agent has joined, and feeds its watchdog for as long
+// as the ownership loop steps.
+func (a *Agent) tellReady(ctx context.Context) error {
+	every := 100 * time.Millisecond
+	ready := false
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(every):
+		}
+		if !ready && len(a.ailments()) == 0 {
+			ready = true
+			a.log.Info("ready", "mesh", a.cfg.Mesh, "node", a.cfg.Node.Name, "version", Version)
+			_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+			limit, _ := daemon.SdWatchdogEnabled(false)
+			if limit == 0 {
+				return nil
+			}
+			every = limit / 3
+		}
+		if ready && time.Since(time.Unix(0, a.beatAt.Load())) < stuckAfter {
+			_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+		}
+	}
+}
+
+// broadcast sends a heartbeat to every peer.
+func (a *Agent) broadcast(b ownership.Heartbeat) {
+	h := a.complete(toProto(b))
+	a.metrics.Sent.Inc()
+	for _, l := range a.links {
+		l.Send(h)
+	}
+}
+
+// complete adds to a heartbeat what is not the ownership protocol's.
+func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
+	h.Version, h.StoreLeader = Version, a.store.Status().Leader
+	h.Reason = *a.board.reason.Load()
+	for _, s := range a.services {
+		h.Backends = append(h.Backends, *s.reports.Load()...)
+	}
+	return h
+}
+
+// Heartbeat implements server.MeshPeer.
+func (a *Agent) Heartbeat(ctx context.Context, from string, h *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error) {
+	a.metrics.Received.WithLabelValues(from).Inc()
+	reply, ok := a.loop.answer(ctx, ownership.HeartbeatReceived{Heartbeat: fromProto(h)})
+	a.heard(h)
+	if !ok {
+		return nil, ctx.Err() // an old heartbeat gets no ack
+	}
+	return &hameshv1.ExchangeResponse{Heartbeat: a.complete(toProto(reply)), AckBoot: reply.AckBoot, AckSequence: reply.AckSeq}, nil
+}
+
+// acked takes the ack of a heartbeat of ours.
+func (a *Agent) acked(from string, ack *hameshv1.ExchangeResponse, took time.Duration) {
+	if took > 0 {
+		a.metrics.RTT.WithLabelValues(from).Observe(took.Seconds())
+	}
+	if ack.GetHeartbeat().GetMember() != from {
+		a.log.Warn("an ack speaks for somebody else", "peer", from, "member", ack.GetHeartbeat().GetMember())
+		return
+	}
+	a.loop.post(a.ctx, ownership.HeartbeatReceived{Heartbeat: ackFromProto(ack)})
+	a.heard(ack.GetHeartbeat())
+}
+
+// heard takes what a heartbeat says beside the ownership protocol.
+func (a *Agent) heard(h *hameshv1.Heartbeat) {
+	a.board.hear(h)
+	for _, s := range a.services {
+		s.hear(h.GetMember(), h.GetBackends())
+	}
+}
+
+// fellSilent hears from the loop who is silent. The services are told elsewhere: they
+// may take a moment to reset connections.
+func (a *Agent) fellSilent(silent map[string]ownership.Instant) {
+	select {
+	case <-a.silent: // superseded
+	default:
+	}
+	a.silent <- silent // only the loop puts something in, so there is room
+}
+
+// mourn takes the backends of members that fell silent out, at the moment at which
+// ownership gives them up.
+func (a *Agent) mourn(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case silent := <-a.silent:
+			dead := make(map[string]time.Duration, len(silent))
+			for member, at := range silent {
+				dead[member] = time.Duration(at)
+			}
+			for _, s := range a.services {
+				s.setDead(dead)
+			}
+			a.board.notify()
+		}
+	}
+}
+
+// serviceChanged tells the mesh of a change in health.
+func (a *Agent) serviceChanged() {
+	if a.ctx == nil {
+		return // not running yet
+	}
+	a.judgeEligibility()
+	a.board.notify()
+	a.loop.post(a.ctx, ownership.Nudge{})
+}
+
+// judgeEligibility says whether this node's data path would work if it had a VIP.
+func (a *Agent) judgeEligibility() {
+	reason := a.unfit()
+	a.board.reason.Store(&reason)
+	a.loop.post(a.ctx, ownership.Eligibility{Eligible: reason == ""})
+}
+
+// unfit is why this node may not take a VIP; empty: it may. A node that sees no healthy
+// API server where others see one is cut off from them; where nobody sees one, as before
+// the first API server is installed, that is no reason.
+func (a *Agent) unfit() string {
+	if a.cfg.Node.Role == config.Witness {
+		return "witness"
+	}
+	a.carrierMu.Lock()
+	defer a.carrierMu.Unlock()
+	for _, v := range a.cfg.VIPs {
+		if a.noCarrier[v.Interface] {
+			return "no carrier on " + v.Interface
+		}
+	}
+	for _, s := range a.services {
+		statuses, _, serving := s.look(func(string) bool { return false })
+		if !serving {
+			return "proxy " + s.cfg.Name + " does not accept connections"
+		}
+		usable, seen := false, false
+		for _, st := range statuses {
+			usable = usable || st.State.String() == "up"
+			seen = seen || len(st.SeenUpBy) > 0
+		}
+		if seen && !usable {
+			return "proxy " + s.cfg.Name + " sees no healthy API server, and others do"
+		}
+	}
+	return ""
+}
+
+// watchKernel mends what others do to the addresses, and announces again when a link
+// comes back.
+func (a *Agent) watchKernel(ctx context.Context) error {
+	for c := range a.kernel.Watch(ctx) {
+		switch c.Kind {
+		case vip.Disappeared:
+			a.keeper.refresh() // puts it on again only where it is wanted
+			a.announcer.Refresh(c.VIP)
+		case vip.CarrierUp, vip.CarrierDown:
+			a.carrierMu.Lock()
+			a.noCarrier[c.Interface] = c.Kind == vip.CarrierDown
+			a.carrierMu.Unlock()
+			a.judgeEligibility()
+			for _, v := range a.cfg.VIPs {
+				if v.Interface == c.Interface && c.Kind == vip.CarrierUp {
+					a.announcer.Refresh(v.Name)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+func (a *Agent) progress(p ownership.MoveProgress) {
+	switch p.Phase {
+	case ownership.Failed:
+		a.metrics.Moves.WithLabelValues(p.VIP, "failed").Inc()
+	case ownership.HeldByTarget:
+		a.metrics.Moves.WithLabelValues(p.VIP, "done").Inc()
+	}
+	a.moves.progress(p)
+}
+
+// changed notes a change of ownership; the log, which may block, gets it elsewhere.
+func (a *Agent) changed(c ownership.Change) {
+	a.board.noteChange(c, time.Now())
+	select {
+	case a.changes <- c:
+	default:
+	}
+}
+
+// journal writes changes of ownership to the log.
+func (a *Agent) journal(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case c := <-a.changes:
+			a.log.Info(c.Text, "vip", c.VIP, "owner", c.Owner, "epoch", c.Epoch, "right", c.Right)
+		}
+	}
+}
+
+func (a *Agent) vip(name string) config.VIP {
+	i := slices.IndexFunc(a.cfg.VIPs, func(v config.VIP) bool { return v.Name == name })
+	if i < 0 {
+		return config.VIP{Name: name}
+	}
+	return a.cfg.VIPs[i]
+}
+
+func (a *Agent) hasVIP(name string) bool { return a.vip(name).Address.IsValid() }
+
+func (a *Agent) hasMember(name string) bool {
+	return slices.ContainsFunc(a.cfg.Members, func(m config.Member) bool { return m.Name == name })
+}

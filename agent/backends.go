@@ -1,0 +1,212 @@
+package agent
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/hamesh/hamesh/agent/config"
+	"github.com/hamesh/hamesh/agent/health"
+	"github.com/hamesh/hamesh/agent/metrics"
+	"github.com/hamesh/hamesh/agent/probe"
+	"github.com/hamesh/hamesh/agent/proxy"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+)
+
+// service is one proxy with what is known of its backends: its own checks, what other
+// members report, who is dead. Whatever of that changes, the proxy is told at once.
+type service struct {
+	cfg    config.Proxy
+	proxy  *proxy.Proxy
+	probes map[string]*probe.Probe
+	log    hclog.Logger
+	// changed is called after the view or the own checks have changed.
+	changed func()
+	// reports is what this member's own checks say, for its heartbeats: no older than
+	// half a check interval, and as of now where a state has changed.
+	reports atomic.Pointer[[]*hameshv1.BackendReport]
+
+	mu       sync.Mutex
+	view     *health.View
+	statuses []health.Status
+	reported map[string]map[string]*hameshv1.BackendReport // member → backend → its last report
+	serving  bool
+}
+
+func newService(cfg config.Proxy, self string, timing config.Timing, log hclog.Logger, m *metrics.Metrics, changed func()) (*service, error) {
+	s := &service{
+		cfg: cfg, log: log, changed: changed,
+		probes: map[string]*probe.Probe{}, reported: map[string]map[string]*hameshv1.BackendReport{},
+	}
+	viewed := health.Config{Self: self, Fresh: timing.SuspectAfter}
+	pcfg := proxy.Config{Name: cfg.Name, Port: cfg.Port, OnDown: proxy.OnDownClose, Log: log.Named("proxy"), OnConnectFailure: s.connectFailed}
+	if cfg.OnDown == config.Drain {
+		pcfg.OnDown = proxy.OnDownDrain
+	}
+	for _, b := range cfg.Backends {
+		viewed.Backends = append(viewed.Backends, health.Backend{Name: b.Name, Node: b.Node})
+		pcfg.Backends = append(pcfg.Backends, proxy.Backend{Name: b.Name, Address: b.Address})
+		p, err := probe.New(probe.Config{
+			Address: b.Address, Scheme: probeSchemes[cfg.HealthCheck.Scheme], Path: cfg.HealthCheck.Path, CAFile: cfg.HealthCheck.CAFile,
+			Interval: cfg.HealthCheck.Interval, Timeout: cfg.HealthCheck.Timeout, Rise: cfg.HealthCheck.Rise, Fall: cfg.HealthCheck.Fall,
+			OnResult: func(r health.Result) {
+				m.Observe(cfg.Name, b.Name, r.Took)
+				s.observe(b.Name, r)
+			},
+		})
+		if err != nil {
+			return nil, err
+		}
+		s.probes[b.Name] = p
+	}
+	s.view = health.NewView(viewed)
+	s.statuses = s.view.Backends(0)
+	var err error
+	if s.proxy, err = proxy.New(pcfg); err != nil {
+		return nil, err
+	}
+	s.report()
+	return s, nil
+}
+
+var probeSchemes = map[config.Scheme]probe.Scheme{
+	config.HTTPS: probe.HTTPS, config.HTTP: probe.HTTP, config.TCP: probe.TCP,
+}
+
+func (s *service) String() string { return "proxy " + s.cfg.Name }
+
+// run checks and serves until ctx ends; a proxy that stops accepting ends it.
+func (s *service) run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, p := range s.probes {
+		group.Go(func() error { return p.Run(ctx) })
+	}
+	// Reports of other members go stale without anything happening.
+	group.Go(func() error {
+		tick := time.NewTicker(s.cfg.HealthCheck.Interval / 2)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+				s.update(func(time.Duration) {})
+			}
+		}
+	})
+	group.Go(func() error {
+		s.setServing(true)
+		defer s.setServing(false)
+		return s.proxy.Run(ctx)
+	})
+	return group.Wait()
+}
+
+func (s *service) setServing(on bool) {
+	s.mu.Lock()
+	s.serving = on
+	s.mu.Unlock()
+	s.changed()
+}
+
+func (s *service) connectFailed(backend string, _ error) {
+	if p := s.probes[backend]; p != nil {
+		p.Hurry()
+	}
+}
+
+func (s *service) observe(backend string, r health.Result) {
+	s.update(func(at time.Duration) { s.view.Observe(at, backend, r) })
+}
+
+// hear takes what another member's heartbeat reports on this proxy's backends.
+func (s *service) hear(member string, all []*hameshv1.BackendReport) {
+	var reports []health.Report
+	last := map[string]*hameshv1.BackendReport{}
+	for _, r := range all {
+		if r.GetProxy() == s.cfg.Name {
+			reports = append(reports, health.Report{Backend: r.GetBackend(), State: backendStateFromProto(r.GetState()), Reason: r.GetReason()})
+			last[r.GetBackend()] = r
+		}
+	}
+	s.update(func(at time.Duration) {
+		s.reported[member] = last
+		s.view.Hear(at, member, reports)
+	})
+}
+
+// setDead says which members have been given up, with when they were last heard.
+func (s *service) setDead(dead map[string]time.Duration) {
+	s.update(func(time.Duration) { s.view.SetDead(dead) })
+}
+
+// update changes the view, and tells the proxy and the mesh what came of it.
+func (s *service) update(change func(at time.Duration)) {
+	s.mu.Lock()
+	at := time.Duration(now())
+	own := s.view.Own()
+	change(at)
+	statuses := s.view.Backends(at)
+	moved := !slices.EqualFunc(statuses, s.statuses, func(a, b health.Status) bool {
+		return a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy)
+	})
+	told := !slices.Equal(own, s.view.Own())
+	if moved {
+		for i, st := range statuses {
+			if was := s.statuses[i]; was.State != st.State {
+				s.log.Info("backend is "+st.State.String(), "backend", st.Backend, "reason", st.Reason)
+			}
+		}
+		s.statuses = statuses
+		states := make(map[string]health.State, len(statuses))
+		for _, st := range statuses {
+			states[st.Backend] = st.State
+		}
+		s.proxy.SetBackends(states)
+	}
+	s.report()
+	s.mu.Unlock()
+	if moved || told {
+		s.changed()
+	}
+}
+
+// report renews the reports; s.mu is held.
+func (s *service) report() {
+	var all []*hameshv1.BackendReport
+	own := map[string]health.Report{}
+	for _, r := range s.view.Own() {
+		own[r.Backend] = r
+	}
+	for _, b := range s.proxy.Stats().Backends {
+		r := own[b.Name]
+		all = append(all, &hameshv1.BackendReport{
+			Proxy: s.cfg.Name, Backend: b.Name, State: backendStates[r.State], Reason: r.Reason, Connections: uint32(b.Established),
+		})
+	}
+	s.reports.Store(&all)
+}
+
+// look returns the common view, and the connections of all nodes per backend.
+func (s *service) look(alive func(member string) bool) (statuses []health.Status, connections map[string]uint32, serving bool) {
+	stats := s.proxy.Stats()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	connections = map[string]uint32{}
+	for _, b := range stats.Backends {
+		connections[b.Name] = uint32(b.Established)
+	}
+	for member, reports := range s.reported {
+		if alive(member) {
+			for name, r := range reports {
+				connections[name] += r.GetConnections()
+			}
+		}
+	}
+	return slices.Clone(s.statuses), connections, s.serving
+}

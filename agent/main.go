@@ -1,0 +1,120 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os/signal"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"github.com/hamesh/hamesh/agent/config"
+)
+
+const usage = `hameshd is the hamesh agent, one on every control-plane node.
+
+Usage:
+  hameshd --config FILE            run in the foreground
+  hameshd validate --config FILE   only check the configuration
+  hameshd version                  print the version
+
+FILE is /etc/hamesh/agent.yaml unless given. Logs go to standard error.
+SIGTERM hands every VIP over and ends the agent.
+Exit status: 0 ended by a signal, or valid; 1 failed; 2 wrong usage or configuration.
+`
+
+// Exit statuses.
+const (
+	exitOK = iota
+	exitFailed
+	exitUsage
+)
+
+// Main runs hameshd with the arguments after the program's name and returns its exit
+// status.
+func Main(args []string, stdout, stderr io.Writer) int {
+	flags := pflag.NewFlagSet("hameshd", pflag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.Usage = func() { fmt.Fprint(stderr, usage) }
+	path := flags.String("config", "/etc/hamesh/agent.yaml", "configuration file")
+	err := flags.Parse(args)
+	switch {
+	case errors.Is(err, pflag.ErrHelp):
+		return exitOK
+	case err != nil:
+		fmt.Fprintf(stderr, "hameshd: %v; see hameshd --help\n", err)
+		return exitUsage
+	}
+	switch command := flags.Args(); {
+	case len(command) == 0:
+		return run(*path, stderr)
+	case len(command) == 1 && command[0] == "validate":
+		return validate(*path, stdout, stderr)
+	case len(command) == 1 && command[0] == "version":
+		fmt.Fprintln(stdout, "hameshd", Version)
+		return exitOK
+	default:
+		fmt.Fprintf(stderr, "hameshd: unknown command %q; see hameshd --help\n", command)
+		return exitUsage
+	}
+}
+
+// load reads and resolves the configuration. Only a mere check may go on where this is
+// not the host of the configuration.
+func load(path string, stderr io.Writer) (cfg *config.Config, err error) {
+	cfg, err = config.Load(path)
+	if err != nil {
+		return nil, err
+	}
+	host, err := config.ThisHost()
+	if err != nil {
+		return nil, err
+	}
+	warnings, err := cfg.Resolve(host)
+	for _, w := range warnings {
+		fmt.Fprintf(stderr, "warning: %s\n", w)
+	}
+	return cfg, err
+}
+
+func validate(path string, stdout, stderr io.Writer) int {
+	_, err := load(path, stderr)
+	switch {
+	case errors.Is(err, config.ErrNotThisHost):
+		fmt.Fprintf(stderr, "warning: %v: interfaces were not checked\n", err)
+	case err != nil:
+		fmt.Fprintln(stderr, err)
+		return exitUsage
+	}
+	fmt.Fprintf(stdout, "%s: valid\n", path)
+	return exitOK
+}
+
+func run(path string, stderr io.Writer) int {
+	cfg, err := load(path, stderr)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return exitUsage
+	}
+	log := hclog.New(&hclog.LoggerOptions{
+		Name: "hameshd", Output: stderr, Level: cfg.Log.Level, JSONFormat: cfg.Log.Format == config.JSON,
+	})
+	// From here on, so that a signal during the start already ends it in order.
+	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer cancel()
+	a, err := New(cfg, log)
+	if err != nil {
+		log.Error("could not start", "error", err)
+		return exitFailed
+	}
+	defer a.Close()
+	if err := a.Run(ctx); err != nil {
+		log.Error("ended", "error", err)
+		return exitFailed
+	}
+	log.Info("ended")
+	return exitOK
+}

@@ -1,0 +1,247 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/hamesh/hamesh/agent/ownership"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+	"github.com/hamesh/hamesh/server"
+)
+
+// rememberMoves is how long a request_id is remembered after its move has ended, and
+// maxMoves how many are at most.
+const (
+	rememberMoves = time.Hour
+	maxMoves      = 1000
+)
+
+// moves answers orders to move VIPs: it gives them to the loop where this member owns
+// the VIP, and passes them on to the owner where it does not. Each order is remembered
+// by its request_id, so that repeating one repeats nothing.
+type moves struct {
+	agent *Agent
+
+	mu     sync.Mutex
+	byID   map[string]*order
+	byNum  map[uint64]*order // those given to the loop
+	nextID uint64
+}
+
+// order is one move and what has been told of it so far.
+type order struct {
+	request *hameshv1.MoveVipRequest
+	begun   time.Time
+	ended   time.Time // zero: not yet
+
+	told    []*hameshv1.MoveVipResponse
+	err     error
+	changed chan struct{} // closed and replaced at each change
+}
+
+func newMoves(a *Agent) *moves {
+	return &moves{agent: a, byID: map[string]*order{}, byNum: map[uint64]*order{}}
+}
+
+// refusals maps what the ownership machine says to what the API says.
+var refusals = map[ownership.Refusal]error{
+	ownership.UnknownVIP:    server.ErrVIPUnknown,
+	ownership.UnknownMember: server.ErrNodeUnknown,
+	ownership.NotOwner:      server.ErrNoOwner,
+	ownership.NotEligible:   server.ErrNodeNotEligible,
+	ownership.NoCandidate:   server.ErrNoOtherCandidate,
+	ownership.Busy:          server.ErrMoveInProgress,
+	ownership.StoreSilent:   server.ErrStoreUnavailable,
+	ownership.Superseded:    server.ErrMoveFailed,
+}
+
+// MoveVip implements server.ControlSink.
+func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, send func(*hameshv1.MoveVipResponse) error) error {
+	o, err := m.take(request)
+	if err != nil {
+		return err
+	}
+	for sent := 0; ; {
+		m.mu.Lock()
+		told, err, changed, ended := o.told, o.err, o.changed, !o.ended.IsZero()
+		m.mu.Unlock()
+		for ; sent < len(told); sent++ {
+			if err := send(told[sent]); err != nil {
+				return err
+			}
+		}
+		if ended {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// take finds the order of a repeated request, or begins a new one.
+func (m *moves) take(request *hameshv1.MoveVipRequest) (*order, error) {
+	id := request.GetRequestId()
+	if id == "" {
+		id = uuid.NewString()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if o := m.byID[id]; o != nil {
+		if o.request.GetVip() != request.GetVip() || o.request.GetTo() != request.GetTo() {
+			return nil, fmt.Errorf("request_id %q was used for moving %q to %q: %w",
+				id, o.request.GetVip(), o.request.GetTo(), server.ErrMoveFailed)
+		}
+		return o, nil
+	}
+	m.forget()
+	request = proto.CloneOf(request)
+	request.RequestId = id
+	o := &order{request: request, begun: time.Now(), changed: make(chan struct{})}
+	m.byID[id] = o
+	m.agent.group.Go(func() error {
+		m.begin(m.agent.ctx, o)
+		return nil
+	})
+	return o, nil
+}
+
+// forget drops what ended long ago, and the oldest ones over the limit.
+func (m *moves) forget() {
+	for len(m.byID) > 0 {
+		var oldest string
+		for id, o := range m.byID {
+			if !o.ended.IsZero() && (oldest == "" || o.ended.Before(m.byID[oldest].ended)) {
+				oldest = id
+			}
+		}
+		if oldest == "" || (time.Since(m.byID[oldest].ended) < rememberMoves && len(m.byID) < maxMoves) {
+			return
+		}
+		delete(m.byID, oldest)
+	}
+}
+
+// begin finds the owner and hands it the order.
+func (m *moves) begin(ctx context.Context, o *order) {
+	a, name, to := m.agent, o.request.GetVip(), o.request.GetTo()
+	if !a.hasVIP(name) {
+		m.end(o, fmt.Errorf("%q: %w", name, server.ErrVIPUnknown))
+		return
+	}
+	if to != "" && !a.hasMember(to) {
+		m.end(o, fmt.Errorf("%q: %w", to, server.ErrNodeUnknown))
+		return
+	}
+	view, ok := a.loop.view(ctx)
+	if !ok {
+		m.end(o, fmt.Errorf("this agent is stopping: %w", server.ErrMoveFailed))
+		return
+	}
+	var owner ownership.VIPView
+	for _, v := range view.VIPs {
+		if v.Name == name {
+			owner = v
+		}
+	}
+	switch {
+	case owner.Record.Owner == "" || owner.Record.Gone:
+		m.end(o, fmt.Errorf("%q: %w", name, server.ErrNoOwner))
+	case owner.Record.Owner == to:
+		m.tell(o, &hameshv1.MoveVipResponse{
+			Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: name, From: to, To: to,
+			Elapsed: durationpb.New(0), Epoch: owner.Record.Epoch,
+		})
+		m.end(o, nil)
+	case owner.Record.Owner == a.cfg.Node.Name:
+		m.mu.Lock()
+		m.nextID++
+		id := m.nextID
+		m.byNum[id] = o
+		m.mu.Unlock()
+		a.loop.post(ctx, ownership.MoveOrder{ID: id, VIP: name, To: to})
+	default:
+		m.end(o, m.passOn(ctx, o, owner.Record.Owner))
+	}
+}
+
+// passOn lets the owner do it, and repeats what it says.
+func (m *moves) passOn(ctx context.Context, o *order, owner string) error {
+	client, ok := m.agent.links[owner].Control()
+	if !ok {
+		return fmt.Errorf("%s: %w", owner, server.ErrOwnerUnreachable)
+	}
+	stream, err := client.MoveVip(ctx, o.request)
+	if err != nil {
+		return err
+	}
+	for {
+		said, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		m.tell(o, said)
+	}
+}
+
+// progress takes a phase from the loop. It does not block.
+func (m *moves) progress(p ownership.MoveProgress) {
+	m.mu.Lock()
+	o := m.byNum[p.ID]
+	m.mu.Unlock()
+	if o == nil {
+		return
+	}
+	if p.Phase == ownership.Failed {
+		m.end(o, fmt.Errorf("move %s to %s: %w", p.VIP, p.To, refusals[p.Err]))
+	} else {
+		said := &hameshv1.MoveVipResponse{
+			Phase: phases[p.Phase], Vip: p.VIP, From: p.From, To: p.To, Changed: true, Epoch: p.Epoch,
+			Elapsed: durationpb.New(time.Since(o.begun)),
+		}
+		m.tell(o, said)
+		if p.Phase == ownership.Accepted {
+			// The machine takes an order only where the target says, in a heartbeat no
+			// older than S, that it is ready and its data path works.
+			ready := proto.CloneOf(said)
+			ready.Phase = hameshv1.MovePhase_MOVE_PHASE_READY
+			m.tell(o, ready)
+		}
+		if p.Phase != ownership.HeldByTarget {
+			return
+		}
+		m.end(o, nil)
+	}
+	m.mu.Lock()
+	delete(m.byNum, p.ID)
+	m.mu.Unlock()
+}
+
+func (m *moves) tell(o *order, said *hameshv1.MoveVipResponse) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	o.told = append(o.told, said)
+	close(o.changed)
+	o.changed = make(chan struct{})
+}
+
+func (m *moves) end(o *order, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	o.err, o.ended = err, time.Now()
+	close(o.changed)
+	o.changed = make(chan struct{})
+}

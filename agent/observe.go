@@ -1,0 +1,114 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/hamesh/hamesh/agent/metrics"
+	"github.com/hamesh/hamesh/agent/ownership"
+)
+
+// stuckAfter is how long the loop may be silent until /healthz calls it stuck: many
+// heartbeats, and less than an operator's patience.
+const stuckAfter = 2 * time.Second
+
+// samples is what Prometheus sees of this agent's own knowledge.
+func (a *Agent) samples() (all []metrics.Sample) {
+	gauge := func(name, help string, value float64, labels ...string) {
+		all = append(all, metrics.Sample{Name: name, Help: help, Value: value, Labels: labels})
+	}
+	total := func(name, help string, value uint64, labels ...string) {
+		all = append(all, metrics.Sample{Name: name, Help: help, Total: true, Value: float64(value), Labels: labels})
+	}
+	truth := func(b bool) float64 {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	ctx, cancel := context.WithTimeout(a.ctx, time.Second)
+	defer cancel()
+	view, _ := a.loop.view(ctx)
+	for _, v := range view.VIPs {
+		a.board.mu.Lock()
+		transitions := a.board.owners[v.Name].transitions
+		a.board.mu.Unlock()
+		held := false
+		for _, h := range v.Holders {
+			held = held || h == a.cfg.Node.Name
+		}
+		if v.Record.Owner != "" {
+			gauge(metrics.VIPOwner, "The owner of the VIP, by this member's knowledge.", 1, "vip", v.Name, "node", v.Record.Owner)
+		}
+		gauge(metrics.VIPHeld, "Whether this node's kernel has the address.", truth(held), "vip", v.Name)
+		if v.Right != ownership.NoRight && v.Record.Owner == a.cfg.Node.Name {
+			gauge(metrics.VIPRight, "The right by which this node holds the VIP.", 1, "vip", v.Name, "right", v.Right.String())
+		}
+		gauge(metrics.VIPEpoch, "Fencing token of the present ownership.", float64(v.Record.Epoch), "vip", v.Name)
+		total(metrics.VIPTransitions, "Changes of owner that this agent has seen.", uint64(transitions), "vip", v.Name)
+		if st, ok := a.announcer.Stats(v.Name); ok {
+			total(metrics.Announcements, "Announcements since the VIP came to this node.", st.Sent, "vip", v.Name)
+		}
+	}
+	for _, p := range view.Peers {
+		gauge(metrics.PeerUp, "Whether the peer was heard within the suspicion time.", truth(p.Heard), "peer", p.Name)
+	}
+	for _, svc := range a.services {
+		stats := svc.proxy.Stats()
+		name := svc.cfg.Name
+		total(metrics.ProxyAccepted, "Client connections accepted.", stats.Accepted, "proxy", name)
+		total(metrics.ProxyAcceptErrors, "Failures to accept.", stats.AcceptErrors, "proxy", name)
+		total(metrics.ProxyFailedOpen, "Connections relayed to a backend that was not up, for want of a better one.", stats.FailedOpen, "proxy", name)
+		total(metrics.ProxyUnserved, "Client connections reset because no backend accepted.", stats.Unserved, "proxy", name)
+		statuses, _, _ := svc.look(func(string) bool { return false })
+		for i, b := range stats.Backends {
+			gauge(metrics.BackendUp, "Whether the backend gets new connections.", truth(statuses[i].State.String() == "up"), "proxy", name, "backend", b.Name)
+			gauge(metrics.BackendConnections, "Established connections through this node.", float64(b.Established), "proxy", name, "backend", b.Name)
+			total(metrics.BackendTotal, "Connections ever relayed to the backend.", b.Total, "proxy", name, "backend", b.Name)
+			total(metrics.BackendFailures, "Attempts to connect that failed.", b.Failures, "proxy", name, "backend", b.Name)
+			total(metrics.BackendSent, "Bytes from clients to the backend.", b.Sent, "proxy", name, "backend", b.Name)
+			total(metrics.BackendReceived, "Bytes from the backend to clients.", b.Received, "proxy", name, "backend", b.Name)
+		}
+	}
+	gauge(metrics.StoreAvailable, "Whether the store answers this member.", truth(a.store.Status().Available))
+	return all
+}
+
+// ailments lists what makes this agent unfit to do its work; a store that is away does
+// not, since nothing moves for that.
+func (a *Agent) ailments() (all []string) {
+	if silent := time.Since(time.Unix(0, a.beatAt.Load())); silent > stuckAfter {
+		return []string{fmt.Sprintf("the ownership loop has not stepped for %v", silent.Round(time.Millisecond))}
+	}
+	ctx, cancel := context.WithTimeout(a.ctx, stuckAfter)
+	defer cancel()
+	if view, ok := a.loop.view(ctx); !ok || !view.Ready {
+		all = append(all, "the store has not been read yet")
+	}
+	for _, svc := range a.services {
+		if _, _, serving := svc.look(func(string) bool { return false }); !serving {
+			all = append(all, "proxy "+svc.cfg.Name+" does not accept connections")
+		}
+	}
+	return all
+}
+
+// observeHandler serves /metrics and /healthz.
+func (a *Agent) observeHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.Registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		if all := a.ailments(); len(all) > 0 {
+			http.Error(w, strings.Join(all, "\n"), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	return mux
+}
