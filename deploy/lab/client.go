@@ -1,0 +1,360 @@
+//go:build linux
+
+package lab
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	defaultTimeout  = time.Second
+	defaultInterval = 100 * time.Millisecond
+
+	// streamRetry is the pause before a stream that broke, or could not be opened, is
+	// opened again.
+	streamRetry = 20 * time.Millisecond
+)
+
+// Load is what clients do to a target.
+type Load struct {
+	Target  netip.AddrPort // the VIP, or a node's API server itself
+	Rate    float64        // new connections a second, each with one request; 0: none
+	Timeout time.Duration  // from the time a request was due to its last byte; 0: 1 s
+	From    []netip.Addr   // source addresses of the client's, used in turn; none: all
+
+	Streams  int           // watches held open, each from the next address
+	Interval time.Duration // between the lines of a stream; 0: 100 ms
+	Silence  time.Duration // a stream silent for so long is given up as broken; 0: 3 s
+}
+
+// Client is a host with many addresses from which loads are run.
+type Client struct {
+	Host    *Host
+	Port    *Port
+	Sources []netip.Addr
+
+	certificate string
+	log         string
+}
+
+func newClient(m *Mesh) (*Client, error) {
+	host, err := NewHost("client")
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{Host: host, log: filepath.Join(m.dir, "client.log")}
+	c.certificate, _ = certificateFiles(m.dir)
+	var prefixes []netip.Prefix
+	for i, a := 0, firstClient; i < m.options.Clients; i, a = i+1, a.Next() {
+		c.Sources = append(c.Sources, a)
+		prefixes = append(prefixes, netip.PrefixFrom(a, subnetBits))
+	}
+	if c.Port, err = m.Switch.Attach(host, hostInterface, prefixes...); err != nil {
+		return nil, errors.Join(err, host.Close())
+	}
+	return c, nil
+}
+
+func (c *Client) close() error {
+	return errors.Join(c.Host.killAll(), c.Host.Close())
+}
+
+// order is what the client process is started with.
+type order struct {
+	Load
+	Certificate string
+}
+
+// Run is a load that is being run, by a process of its own.
+type Run struct {
+	process *process
+	stdin   io.Closer
+	decoded chan error
+
+	mu      sync.Mutex
+	samples []Sample
+}
+
+// Start starts a load; it goes on until Run.Stop.
+func (c *Client) Start(l Load) (*Run, error) {
+	if l.Timeout == 0 {
+		l.Timeout = defaultTimeout
+	}
+	if l.Interval == 0 {
+		l.Interval = defaultInterval
+	}
+	if l.Silence == 0 {
+		l.Silence = 3 * time.Second
+	}
+	if len(l.From) == 0 {
+		l.From = c.Sources
+	}
+	if !l.Target.IsValid() || l.Rate < 0 || l.Rate > 10_000 || l.Streams < 0 {
+		return nil, fmt.Errorf("start a load: out of range: %+v", l)
+	}
+	arg, err := json.Marshal(order{l, c.certificate})
+	if err != nil {
+		return nil, fmt.Errorf("encode a load: %w", err)
+	}
+	cmd := Command("client", string(arg))
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, fmt.Errorf("start a load: %w", err)
+	}
+	out, w, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start a load: %w", err)
+	}
+	cmd.Stdout = w
+	p, err := launch(c.Host, cmd, c.log)
+	_ = w.Close() // the child has its own
+	if err != nil {
+		_ = out.Close()
+		return nil, err
+	}
+	r := &Run{process: p, stdin: stdin, decoded: make(chan error, 1)}
+	go func() { r.decoded <- r.decode(out) }()
+	return r, nil
+}
+
+func (r *Run) decode(out io.ReadCloser) error {
+	defer out.Close()
+	for d := json.NewDecoder(bufio.NewReader(out)); ; {
+		var s Sample
+		if err := d.Decode(&s); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read a client's samples: %w", err)
+		}
+		r.mu.Lock()
+		r.samples = append(r.samples, s)
+		r.mu.Unlock()
+	}
+}
+
+// Stop ends the load, waits for the requests under way and returns every sample. It is
+// called once.
+func (r *Run) Stop() ([]Sample, error) {
+	_ = r.stdin.Close() // says "enough"; fails only if the process has ended, told below
+	select {
+	case <-r.process.done:
+	case <-time.After(patience):
+		return nil, errors.Join(errors.New("the client does not end"), r.process.end(unix.SIGKILL))
+	}
+	if err := errors.Join(r.process.err, <-r.decoded); err != nil {
+		return nil, fmt.Errorf("client: %w\n%s", err, tail(r.process.log))
+	}
+	return r.Samples(), nil
+}
+
+// Samples returns what has been seen so far.
+func (r *Run) Samples() []Sample {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]Sample(nil), r.samples...)
+}
+
+func init() { Role("client", serveLoad) }
+
+// serveLoad is the client's process: it runs a load until its standard input ends, and
+// writes each sample to standard output as it happens.
+func serveLoad(args []string) int {
+	if err := runLoad(args); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+type load struct {
+	order
+	trust   *tls.Config
+	samples chan Sample
+}
+
+func runLoad(args []string) error {
+	l := load{samples: make(chan Sample, 1024)}
+	if len(args) != 1 {
+		return errors.New("want one argument, an order")
+	}
+	if err := json.Unmarshal([]byte(args[0]), &l.order); err != nil {
+		return fmt.Errorf("read the order: %w", err)
+	}
+	var err error
+	if l.trust, err = trustedTLS(l.Certificate); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		cancel()
+	}()
+	written := make(chan error, 1)
+	go func() {
+		var err error
+		e := json.NewEncoder(os.Stdout)
+		for s := range l.samples {
+			err = errors.Join(err, e.Encode(s))
+		}
+		written <- err
+	}()
+	var work sync.WaitGroup
+	for i := range l.Streams {
+		work.Go(func() { l.stream(ctx, i) })
+	}
+	l.requests(ctx, &work)
+	work.Wait()
+	close(l.samples)
+	return <-written
+}
+
+// requests starts one request after the other, each when it is due, however long the
+// others take: a load that waited would hide what a user feels. At most rate × timeout
+// are under way.
+func (l *load) requests(ctx context.Context, work *sync.WaitGroup) {
+	if l.Rate == 0 {
+		return
+	}
+	start := time.Now()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for n := 0; ; n++ {
+		due := start.Add(time.Duration(float64(n) / l.Rate * float64(time.Second)))
+		timer.Reset(time.Until(due))
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		source := l.From[n%len(l.From)]
+		work.Go(func() {
+			// Not under ctx: what has begun is measured to its end.
+			limited, cancel := context.WithDeadline(context.Background(), due.Add(l.Timeout))
+			defer cancel()
+			backend, err := l.request(limited, source)
+			l.samples <- Sample{Kind: Request, Source: source, Start: due, End: time.Now(), Backend: backend, Error: cause(err)}
+		})
+	}
+}
+
+// get opens a new connection and sends one request over it. The connection is closed
+// with the response's body.
+func (l *load) get(ctx context.Context, source netip.Addr, path string) (*http.Response, error) {
+	dialer := &tls.Dialer{
+		NetDialer: &net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))},
+		Config:    l.trust,
+	}
+	transport := &http.Transport{
+		// Under ctx, for the transport's own would go on dialling after ctx has ended.
+		DialTLSContext: func(_ context.Context, network, address string) (net.Conn, error) {
+			return dialer.DialContext(ctx, network, address)
+		},
+		DisableKeepAlives: true,
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+l.Target.String()+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	response, err := transport.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	if response.StatusCode != http.StatusOK {
+		_ = response.Body.Close()
+		return nil, errors.New(response.Status)
+	}
+	return response, nil
+}
+
+func (l *load) request(ctx context.Context, source netip.Addr) (backend string, err error) {
+	response, err := l.get(ctx, source, "/version")
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	_, err = io.Copy(io.Discard, response.Body)
+	return response.Header.Get("Server"), err
+}
+
+// stream holds one watch open for ever, opening it again when it breaks.
+func (l *load) stream(ctx context.Context, index int) {
+	source := l.From[index%len(l.From)]
+	for ctx.Err() == nil {
+		opened := time.Now()
+		backend, err := l.watch(ctx, index, source)
+		if ctx.Err() != nil {
+			return // our own end
+		}
+		kind := Broken
+		if backend == "" {
+			kind = Unopened
+		}
+		l.samples <- Sample{Kind: kind, Source: source, Stream: index, Start: opened, End: time.Now(), Backend: backend, Error: cause(err)}
+		select {
+		case <-ctx.Done():
+		case <-time.After(streamRetry):
+		}
+	}
+}
+
+// watch reads one stream to its end and returns the backend it came from, empty if no
+// line came, and why it ended.
+func (l *load) watch(ctx context.Context, index int, source netip.Addr) (backend string, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	opening := time.AfterFunc(l.Timeout, func() { cancel(errSilent) })
+	defer opening.Stop()
+	response, err := l.get(ctx, source, "/watch?interval="+l.Interval.String())
+	if err != nil {
+		return "", errors.Join(err, context.Cause(ctx))
+	}
+	defer response.Body.Close()
+	for lines := bufio.NewReader(response.Body); ; {
+		if _, err := lines.ReadString('\n'); err != nil {
+			return backend, errors.Join(err, context.Cause(ctx))
+		}
+		opening.Reset(l.Silence)
+		now := time.Now()
+		backend = response.Header.Get("Server")
+		l.samples <- Sample{Kind: Line, Source: source, Stream: index, Start: now, End: now, Backend: backend}
+	}
+}
+
+var errSilent = errors.New("silent")
+
+// cause names an error in a word or two, so that samples can be counted by it.
+func cause(err error) string {
+	var timeout interface{ Timeout() bool }
+	switch {
+	case err == nil:
+		return ""
+	case errors.Is(err, errSilent):
+		return "silent"
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return "timed out"
+	case errors.Is(err, unix.ECONNREFUSED):
+		return "refused"
+	case errors.Is(err, unix.ECONNRESET):
+		return "reset"
+	case errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH):
+		return "unreachable"
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return "closed"
+	}
+	return err.Error()
+}
