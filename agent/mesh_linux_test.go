@@ -1,0 +1,407 @@
+package agent_test
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hamesh/hamesh/cli/pki"
+	"github.com/hamesh/hamesh/deploy/lab"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+)
+
+// leaseTTL is the default profile's.
+const leaseTTL = 3 * time.Second
+
+// newMesh makes a mesh that ends with the test. Agents with certificates are the
+// standard; a data race in any of them fails the test.
+func newMesh(t *testing.T, o lab.Options) *lab.Mesh {
+	t.Helper()
+	dir := t.TempDir()
+	if o.TLS == nil {
+		if _, err := pki.Init(dir, "lab"); err != nil {
+			t.Fatal(err)
+		}
+		o.TLS = func(node string, a netip.Addr) (lab.Files, error) {
+			crt := filepath.Join(dir, node+".crt")
+			if _, err := os.Stat(crt); err != nil {
+				if _, err := pki.Issue(dir, pki.Request{Name: node, Role: pki.RoleAgent, Addresses: []netip.Addr{a}}); err != nil {
+					return lab.Files{}, err
+				}
+			}
+			return lab.Files{CA: filepath.Join(dir, "ca.crt"), Certificate: crt, Key: filepath.Join(dir, node+".key")}, nil
+		}
+	}
+	m, err := lab.NewMesh(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, n := range m.Nodes {
+				t.Logf("--- %s\n%s", n.Name, n.Log())
+			}
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return m
+}
+
+func owner(t *testing.T, m *lab.Mesh) *lab.Node {
+	t.Helper()
+	n, err := m.WaitOwner(30 * time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func healthy(t *testing.T, m *lab.Mesh) {
+	t.Helper()
+	if err := m.WaitHealthy(30 * time.Second); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// other returns a node that is not the given one.
+func other(m *lab.Mesh, n *lab.Node) *lab.Node {
+	i := slices.Index(m.Nodes, n)
+	return m.Nodes[(i+1)%len(m.Nodes)]
+}
+
+func move(t *testing.T, m *lab.Mesh, to *lab.Node) {
+	t.Helper()
+	stdout, stderr, status, err := to.Hactl("move-vip", "kube-api", "--to", to.Name, "--wait")
+	if err != nil || status != 0 {
+		t.Fatalf("move to %s: status %d, %v\n%s%s", to.Name, status, err, stdout, stderr)
+	}
+	// Told by the owner's word; the recorder's next sample is up to 10 ms away.
+	if err := lab.Await(time.Second, func() error {
+		if now := m.Recorder.Now(); !slices.Equal(now, []string{to.Name}) {
+			return fmt.Errorf("moved to %s, but the kernels with the address are those of %v", to.Name, now)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func load(t *testing.T, m *lab.Mesh, l lab.Load) *lab.Run {
+	t.Helper()
+	l.Target = m.VIP()
+	run, err := m.Client.Start(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return run
+}
+
+func stop(t *testing.T, run *lab.Run, from time.Time) lab.Report {
+	t.Helper()
+	to := time.Now()
+	samples, err := run.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lab.Summarize(samples, from, to)
+}
+
+// agree checks that what every agent says of owner and holders is what the kernels say.
+func agree(t *testing.T, m *lab.Mesh) {
+	t.Helper()
+	err := lab.Await(5*time.Second, func() error {
+		kernels := m.Recorder.Now()
+		for _, n := range m.Nodes {
+			if n.Host() == nil {
+				continue
+			}
+			s, err := n.Status()
+			if err != nil {
+				return err
+			}
+			v := s.GetVips()[0]
+			if !slices.Equal(v.GetHolders(), kernels) || len(kernels) != 1 || v.GetOwner() != kernels[0] {
+				return fmt.Errorf("%s says owner %q, holders %v; the kernels say %v", n.Name, v.GetOwner(), v.GetHolders(), kernels)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// never fails where two nodes had the address at one sample, or none outside of what
+// the test allows.
+func never(t *testing.T, m *lab.Mesh, from time.Time, none time.Duration) lab.Holding {
+	t.Helper()
+	h := m.Recorder.Between(from, time.Now())
+	if h.Max > 1 {
+		t.Errorf("%d nodes had the address at once, for %v: %+v", h.Max, h.LongestSeveral, h.Spans)
+	}
+	if h.LongestNone > none {
+		t.Errorf("no node had the address for %v, more than %v: %+v", h.LongestNone, none, h.Spans)
+	}
+	return h
+}
+
+// TestMesh walks one mesh through a life: formed, moved, cut, restarted.
+func TestMesh(t *testing.T) {
+	m := newMesh(t, lab.Options{Clients: 60})
+	first := owner(t, m)
+	healthy(t, m)
+	agree(t, m)
+
+	t.Run("agents have two capabilities and no more", func(t *testing.T) {
+		for _, n := range m.Nodes {
+			status, err := n.AgentStatus()
+			if err != nil {
+				t.Fatal(err)
+			}
+			const want = "0000000000003000" // CAP_NET_ADMIN (12) and CAP_NET_RAW (13), capabilities(7)
+			for _, set := range []string{"CapEff", "CapPrm", "CapBnd"} {
+				if !strings.Contains(status, set+":\t"+want+"\n") {
+					t.Errorf("%s: %s is not %s:\n%s", n.Name, set, want, status)
+				}
+			}
+		}
+	})
+
+	t.Run("one backend a client, wherever the VIP is; moves fail nobody", func(t *testing.T) {
+		from := time.Now()
+		run := load(t, m, lab.Load{Rate: 100})
+		deadline := time.Now().Add(11 * time.Second)
+		for i := 0; time.Now().Before(deadline); i++ {
+			time.Sleep(1500 * time.Millisecond)
+			move(t, m, m.Nodes[i%len(m.Nodes)])
+		}
+		r := stop(t, run, from)
+		t.Logf("%d requests, %d failed %v, longest gap %v", r.Requests, r.Failed, r.Errors, r.Gap)
+		if r.Requests < 1000 || r.Failed*1000 > r.Requests {
+			t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
+		}
+		for source, backends := range r.BySource {
+			if len(backends) != 1 {
+				t.Errorf("client %v came to several backends: %v", source, backends)
+			}
+		}
+		if len(r.Backends) != 3 {
+			t.Errorf("not every backend was used: %v", r.Backends)
+		}
+		never(t, m, from, 50*time.Millisecond)
+	})
+
+	t.Run("the owner's power is cut", func(t *testing.T) {
+		agree(t, m)
+		owner := owner(t, m)
+		from := time.Now()
+		run := load(t, m, lab.Load{Rate: 100})
+		time.Sleep(500 * time.Millisecond)
+		cut := time.Now()
+		if err := owner.PowerOff(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(leaseTTL + 1500*time.Millisecond)
+		after := stop(t, run, cut)
+		worst := time.Duration(0)
+		for _, gap := range after.GapBySource {
+			worst = max(worst, gap)
+		}
+		t.Logf("longest gap of all %v, of one client %v (each asks every %v); failed %d of %d",
+			after.Gap, worst, 600*time.Millisecond, after.Failed, after.Requests)
+		if limit := leaseTTL + 1500*time.Millisecond; after.Gap > limit || worst > limit {
+			t.Errorf("clients waited %v (all) and %v (the worst one) for an answer, more than %v", after.Gap, worst, limit)
+		}
+		if len(after.GapBySource) != len(m.Client.Sources) {
+			t.Errorf("%d clients, want %d", len(after.GapBySource), len(m.Client.Sources))
+		}
+		never(t, m, from, leaseTTL+1500*time.Millisecond)
+		agree(t, m)
+		t.Run("everything works with one member of the store down", func(t *testing.T) {
+			for _, n := range m.Nodes {
+				if n != owner {
+					move(t, m, n)
+				}
+			}
+		})
+		back := time.Now()
+		if err := owner.PowerOn(); err != nil {
+			t.Fatal(err)
+		}
+		if err := owner.API.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := owner.StartAgent(); err != nil {
+			t.Fatal(err)
+		}
+		healthy(t, m)
+		never(t, m, back, 50*time.Millisecond)
+		agree(t, m)
+	})
+
+	t.Run("the owner's agent is stopped in order", func(t *testing.T) {
+		owner := owner(t, m)
+		from := time.Now()
+		run := load(t, m, lab.Load{Rate: 100})
+		time.Sleep(300 * time.Millisecond)
+		if err := owner.StopAgent(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(700 * time.Millisecond)
+		r := stop(t, run, from)
+		t.Logf("%d requests, %d failed %v, longest gap %v", r.Requests, r.Failed, r.Errors, r.Gap)
+		if r.Failed > 1 {
+			t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
+		}
+		never(t, m, from, 50*time.Millisecond)
+		if err := owner.StartAgent(); err != nil {
+			t.Fatal(err)
+		}
+		healthy(t, m)
+	})
+
+	t.Run("all three agents restarted at once", func(t *testing.T) {
+		before, err := first.Status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		from := time.Now()
+		for _, n := range m.Nodes {
+			if err := n.KillAgent(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, n := range m.Nodes {
+			if err := n.StartAgent(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		owner(t, m)
+		healthy(t, m)
+		after, err := first.Status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if was, is := before.GetVips()[0].GetEpoch(), after.GetVips()[0].GetEpoch(); is <= was {
+			t.Errorf("the epoch went from %d to %d: the records were lost", was, is)
+		}
+		if h := m.Recorder.Between(from, time.Now()); h.Max > 1 {
+			t.Errorf("%d nodes had the address at once: %+v", h.Max, h.Spans)
+		}
+		agree(t, m)
+	})
+}
+
+// TestSickBackends checks that an API server that is not well gets no new connection.
+func TestSickBackends(t *testing.T) {
+	m := newMesh(t, lab.Options{Clients: 60})
+	owner(t, m)
+	healthy(t, m)
+	victim := m.Nodes[1]
+	down := func() error {
+		for _, n := range m.Nodes {
+			s, err := n.Status()
+			if err != nil {
+				return err
+			}
+			for _, b := range s.GetBackends() {
+				if b.GetName() == victim.Name && b.GetState() != hameshv1.BackendState_BACKEND_STATE_DOWN {
+					return fmt.Errorf("%s says that %s is %v", n.Name, b.GetName(), b.GetState())
+				}
+			}
+		}
+		return nil
+	}
+	for _, c := range []struct {
+		name       string
+		fall, rise func() error
+		// unfailing: not one new connection fails, not even before it is detected.
+		unfailing bool
+	}{
+		{"answers 503", victim.API.Sick, victim.API.Well, true},
+		{"hangs", victim.API.Hang, victim.API.Well, true},
+		{"is killed", victim.API.Kill, victim.API.Start, true},
+		{"is frozen", victim.API.Freeze, victim.API.Thaw, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			run := load(t, m, lab.Load{Rate: 100})
+			time.Sleep(300 * time.Millisecond)
+			before := stop(t, run, time.Now().Add(-300*time.Millisecond))
+			from := time.Now()
+			run = load(t, m, lab.Load{Rate: 100})
+			if err := c.fall(); err != nil {
+				t.Fatal(err)
+			}
+			if err := lab.Await(3*time.Second, down); err != nil {
+				t.Fatal(err)
+			}
+			detected := time.Now()
+			time.Sleep(time.Second)
+			samples, err := run.Stop()
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := lab.Summarize(samples, from, time.Now())
+			after := lab.Summarize(samples, detected.Add(50*time.Millisecond), time.Now())
+			t.Logf("known everywhere after %v; %d requests, %d failed %v", detected.Sub(from).Round(time.Millisecond), r.Requests, r.Failed, r.Errors)
+			if c.unfailing && r.Failed > 0 {
+				t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
+			}
+			if after.Failed > 0 || after.Backends[victim.Name] > 0 {
+				t.Errorf("once it was known, %d failed (%v) and %d still came to %s", after.Failed, after.Errors, after.Backends[victim.Name], victim.Name)
+			}
+			// Only its own clients go elsewhere.
+			for source, backends := range before.BySource {
+				if now := after.BySource[source]; backends[0] != victim.Name && len(now) > 0 && !slices.Equal(now, backends) {
+					t.Errorf("client %v of %v went to %v", source, backends, now)
+				}
+			}
+			if err := c.rise(); err != nil {
+				t.Fatal(err)
+			}
+			healthy(t, m)
+		})
+	}
+}
+
+// TestBadCertificates checks that a member with another mesh's certificate is let in by
+// nobody.
+func TestBadCertificates(t *testing.T) {
+	foreign := t.TempDir()
+	if _, err := pki.Init(foreign, "lab"); err != nil {
+		t.Fatal(err)
+	}
+	own := t.TempDir()
+	if _, err := pki.Init(own, "lab"); err != nil {
+		t.Fatal(err)
+	}
+	m := newMesh(t, lab.Options{TLS: func(node string, a netip.Addr) (lab.Files, error) {
+		dir := own
+		if node == "cp-3" {
+			dir = foreign
+		}
+		f, err := pki.Issue(dir, pki.Request{Name: node, Role: pki.RoleAgent, Addresses: []netip.Addr{a}})
+		return lab.Files{CA: filepath.Join(dir, "ca.crt"), Certificate: f.Cert, Key: f.Key}, err
+	}})
+	n := owner(t, m)
+	if n.Name == "cp-3" {
+		t.Fatal("the stranger owns the VIP")
+	}
+	s, err := n.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := s.GetNodes()[2].GetState(); got != hameshv1.NodeState_NODE_STATE_DOWN {
+		t.Errorf("the stranger is %v, want down", got)
+	}
+	if !strings.Contains(m.Node("cp-3").Log(), "certificate") {
+		t.Errorf("the stranger's log does not say why:\n%s", m.Node("cp-3").Log())
+	}
+}
