@@ -14,7 +14,7 @@ import (
 
 // kernel is what the keeper needs of package vip.
 type kernel interface {
-	Apply(desired func() []vip.Address) (held []vip.Address, err error)
+	Set(desired func() []vip.Address) (held []vip.Address, err error)
 	Withdraw(netip.Addr) error
 }
 
@@ -121,7 +121,7 @@ func (k *keeper) run(ctx context.Context) error {
 			gens[i] = s.hold
 			s.mu.Unlock()
 		}
-		held, err := k.kernel.Apply(k.desired)
+		held, err := k.kernel.Set(k.desired)
 		if err != nil {
 			k.log.Error("could not put every address on", "error", err)
 		}

@@ -70,12 +70,6 @@ func healthy(t *testing.T, m *lab.Mesh) {
 	}
 }
 
-// other returns a node that is not the given one.
-func other(m *lab.Mesh, n *lab.Node) *lab.Node {
-	i := slices.Index(m.Nodes, n)
-	return m.Nodes[(i+1)%len(m.Nodes)]
-}
-
 func move(t *testing.T, m *lab.Mesh, to *lab.Node) {
 	t.Helper()
 	stdout, stderr, status, err := to.Hactl("move-vip", "kube-api", "--to", to.Name, "--wait")

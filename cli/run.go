@@ -138,17 +138,23 @@ func (c *command) checkFlags() error {
 	return nil
 }
 
+// Version is the CLI's, as the module was built.
+var Version = buildVersion()
+
+func buildVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
+}
+
 func (c *command) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of hactl",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			version := "unknown"
-			if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-				version = info.Main.Version
-			}
-			return c.print(fmt.Sprintf("hactl %s %s/%s %s\n", version, runtime.GOOS, runtime.GOARCH, runtime.Version()))
+			return c.print(fmt.Sprintf("hactl %s %s/%s %s\n", Version, runtime.GOOS, runtime.GOARCH, runtime.Version()))
 		},
 	}
 }

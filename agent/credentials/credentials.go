@@ -154,6 +154,7 @@ func (t transport) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInf
 }
 
 func (t transport) Info() credentials.ProtocolInfo {
+	//nolint:staticcheck // deprecated for callers; grpc still takes the authority from it
 	return credentials.ProtocolInfo{SecurityProtocol: "tls", ServerName: t.serverName}
 }
 

@@ -104,6 +104,7 @@ func TestMutual(t *testing.T) {
 	if got := server.State.VerifiedChains[0][0].Subject.CommonName; got != "cp-2" {
 		t.Errorf("the server sees %q", got)
 	}
+	//nolint:staticcheck // what grpc takes the authority from
 	if got := two.Client("cp-1").Info().ServerName; got != "cp-1" {
 		t.Errorf("gRPC would expect %q", got)
 	}

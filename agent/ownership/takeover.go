@@ -27,7 +27,7 @@ func (m *Machine) keepGrants(_ Instant, v *vip) {
 			return true
 		}
 		if g.To == m.cfg.Self {
-			return g.ToBoot == m.cfg.Boot && !(v.ask.Attempt == g.Attempt || slices.Contains(v.open, g.Attempt))
+			return g.ToBoot == m.cfg.Boot && v.ask.Attempt != g.Attempt && !slices.Contains(v.open, g.Attempt)
 		}
 		p := m.peer(g.To)
 		if p == nil || p.beat.Boot != g.ToBoot {
@@ -119,7 +119,7 @@ func (m *Machine) campaign(now Instant, v *vip) {
 	may := m.ready && v.known && m.lease != 0 && m.storeAnswers(now) && !m.stopping && !v.claims && v.right == NoRight &&
 		// A record that is mine is written again, not taken over; unless the former
 		// owner's word is missing, or it is gone and nobody confirms me.
-		!(v.rec.Owner == m.cfg.Self && !v.rec.Gone && v.settled) &&
+		(v.rec.Owner != m.cfg.Self || v.rec.Gone || !v.settled) &&
 		now >= m.turn(now, v)
 	switch {
 	case v.ask.Attempt == 0 && may:

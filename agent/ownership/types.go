@@ -2,7 +2,6 @@ package ownership
 
 import (
 	"fmt"
-	"maps"
 	"time"
 )
 
@@ -129,9 +128,9 @@ const (
 	NoRight Right = iota
 	// Confirmed by a majority of members, with a good lease.
 	Confirmed
-	// Reasserted: the store confirms it, because too few peers do.
+	// Reasserted by the store: it confirms the owner, because too few peers do.
 	Reasserted
-	// Failsafe: confirmed by a majority while the store does not answer.
+	// Failsafe is being confirmed by a majority while the store does not answer.
 	Failsafe
 )
 
@@ -293,7 +292,7 @@ type Output struct {
 	Changes   []Change
 	Silent    map[string]Instant // members not heard for S, each with when it was last heard
 	Wake      Instant            // step again then at the latest
-	Stopped   bool    // after Shutdown: nothing is held or owned any more
+	Stopped   bool               // after Shutdown: nothing is held or owned any more
 }
 
 // Hold is the desired state of one address.
@@ -352,9 +351,9 @@ const (
 	NoCandidate
 	// Busy with another move of the same VIP.
 	Busy
-	// StoreSilent: the store does not answer.
+	// StoreSilent is a store that does not answer.
 	StoreSilent
-	// Superseded: the record changed under the move.
+	// Superseded by a change of the record under the move.
 	Superseded
 )
 
@@ -384,5 +383,3 @@ type Change struct {
 func (g Grant) sameAttempt(o Grant) bool {
 	return g.To == o.To && g.ToBoot == o.ToBoot && g.Attempt == o.Attempt && g.Revision == o.Revision
 }
-
-func cloneBoots(m map[string]uint64) map[string]uint64 { return maps.Clone(m) }

@@ -590,8 +590,8 @@ func TestResetsArePassedOn(t *testing.T) {
 			abort(conn)
 		}},
 		{"from the client, after it ended its direction", func(c *net.TCPConn) {
-			if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-				ended <- fmt.Errorf("%d bytes and %v before the end", n, err)
+			if n, err := c.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+				ended <- fmt.Errorf("%d bytes and %w before the end", n, err)
 				return
 			}
 			fmt.Fprint(c, "!")

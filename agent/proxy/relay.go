@@ -89,7 +89,7 @@ func newReceiver(conn *net.TCPConn) (*receiver, error) {
 		}
 		buffers.Put(r.buf)
 		r.n, r.buf = 0, nil
-		return r.err != syscall.EAGAIN
+		return !errors.Is(r.err, syscall.EAGAIN)
 	}
 	return r, nil
 }

@@ -136,12 +136,7 @@ func (k *Kernel) Close() {
 // rounds is how often a step is repeated until the kernel shows what was asked for.
 const rounds = 3
 
-// Set is Apply for a fixed list.
-func (k *Kernel) Set(desired []Address) (held []Address, err error) {
-	return k.Apply(func() []Address { return desired })
-}
-
-// Apply makes the desired addresses the only managed ones that the kernel has, on any
+// Set makes the desired addresses the only managed ones that the kernel has, on any
 // interface: those not desired are taken off first, then the desired are put on or
 // renewed. Each has a full-length prefix, and a preferred lifetime of zero.
 //
@@ -151,11 +146,11 @@ func (k *Kernel) Set(desired []Address) (held []Address, err error) {
 // withdrawn, and is left out of the result: its Withdraw tells.
 //
 // The desired addresses are asked for when the turn has begun: whoever makes one not
-// desired, and then withdraws it, can be sure that Apply does not put it on again.
+// desired, and then withdraws it, can be sure that Set does not put it on again.
 //
 // Every call is a change to the kernel, which tells everybody who listens to rtnetlink:
 // renewing some three times in a lifetime is enough.
-func (k *Kernel) Apply(desired func() []Address) (held []Address, err error) {
+func (k *Kernel) Set(desired func() []Address) (held []Address, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 

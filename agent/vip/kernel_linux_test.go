@@ -136,7 +136,7 @@ func TestRealLifetime(t *testing.T) {
 	// Renewed well beyond one lifetime, it is never off.
 	start := time.Now()
 	for time.Since(start) < 2500*time.Millisecond {
-		held, err := k.Set(both)
+		held, err := k.Set(always(both))
 		if err != nil || len(held) != 2 {
 			t.Fatalf("held %v, error %v", held, err)
 		}
@@ -149,7 +149,7 @@ func TestRealLifetime(t *testing.T) {
 		})
 	}
 	renewed := time.Now()
-	if _, err := k.Set(both); err != nil {
+	if _, err := k.Set(always(both)); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(map[string]time.Duration)
@@ -202,7 +202,7 @@ func TestRealNeverASource(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)})); err != nil {
 		t.Fatal(err)
 	}
 	destinations := map[string]string{
@@ -238,7 +238,7 @@ func TestRealNeverASource(t *testing.T) {
 func TestRealNoRoute(t *testing.T) {
 	r := newReal(t)
 	k := r.open()
-	if _, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)})); err != nil {
 		t.Fatal(err)
 	}
 	routes := func(table int) (n int) {
@@ -273,7 +273,7 @@ func TestRealLimitsOneWithoutLimit(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := k.Set([]Address{lasting(vip4, 30*time.Second), lasting(vip6, 30*time.Second)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip4, 30*time.Second), lasting(vip6, 30*time.Second)})); err != nil {
 		t.Fatal(err)
 	}
 	if got := r.String(); strings.Count(got, " valid_lft 30 preferred_lft 0") != 2 {
@@ -284,7 +284,7 @@ func TestRealLimitsOneWithoutLimit(t *testing.T) {
 func TestRealWatchIsQuick(t *testing.T) {
 	r := newReal(t)
 	k := r.open()
-	if _, err := k.Set([]Address{lasting(vip4, time.Minute)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip4, time.Minute)})); err != nil {
 		t.Fatal(err)
 	}
 	changes := k.Watch(t.Context())
@@ -308,7 +308,7 @@ func TestRealInterfaceDown(t *testing.T) {
 	r := newReal(t)
 	k := r.open()
 	both := []Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}
-	if _, err := k.Set(both); err != nil {
+	if _, err := k.Set(always(both)); err != nil {
 		t.Fatal(err)
 	}
 	changes := k.Watch(t.Context())
@@ -319,7 +319,7 @@ func TestRealInterfaceDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	expect(t, changes, Change{Kind: CarrierDown, Interface: "eth0"})
-	if held, err := k.Set(both); err != nil || len(held) != 2 {
+	if held, err := k.Set(always(both)); err != nil || len(held) != 2 {
 		t.Errorf("without a carrier: held %v, error %v", held, err)
 	}
 	if err := r.port.Mend(); err != nil {
@@ -339,12 +339,12 @@ func TestRealInterfaceDown(t *testing.T) {
 	if !seen[Change{Kind: CarrierDown, Interface: "eth0"}] || !seen[Change{Disappeared, "six", vip6.Addr, "eth0"}] {
 		t.Errorf("set down: %v", seen)
 	}
-	held, err := k.Set(both)
+	held, err := k.Set(always(both))
 	t.Logf("set down: held %v, error %v", held, err)
 	if err := r.host.Netlink().LinkSetUp(l); err != nil {
 		t.Fatal(err)
 	}
-	if held, err := k.Set(both); err != nil || len(held) != 2 {
+	if held, err := k.Set(always(both)); err != nil || len(held) != 2 {
 		t.Errorf("up again: held %v, error %v", held, err)
 	}
 
@@ -352,7 +352,7 @@ func TestRealInterfaceDown(t *testing.T) {
 	if err := r.host.Netlink().LinkDel(l); err != nil {
 		t.Fatal(err)
 	}
-	if held, err := k.Set(both); !errors.Is(err, ErrNoInterface) || len(held) != 0 {
+	if held, err := k.Set(always(both)); !errors.Is(err, ErrNoInterface) || len(held) != 0 {
 		t.Errorf("no interface: held %v, error %v", held, err)
 	}
 	check(t, k.Withdraw(vip4.Addr))
@@ -365,7 +365,7 @@ func TestRealNoIPv6(t *testing.T) {
 	if err := r.host.Sysctl("net/ipv6/conf/eth0/disable_ipv6", "1"); err != nil {
 		t.Fatal(err)
 	}
-	held, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)})
+	held, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}))
 	if !errors.Is(err, ErrNoIPv6) || len(held) != 1 {
 		t.Errorf("held %v, error %v", held, err)
 	}
@@ -399,7 +399,7 @@ func TestRealCapabilities(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			held, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)})
+			held, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}))
 			if err != nil || len(held) != 2 {
 				t.Errorf("held %v, error %v", held, err)
 			}
@@ -418,7 +418,7 @@ func TestRealCapabilities(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			held, err := k.Set([]Address{lasting(vip4, time.Minute)})
+			held, err := k.Set(always([]Address{lasting(vip4, time.Minute)}))
 			if !errors.Is(err, ErrPermission) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
 				t.Errorf("held %v, error %v", held, err)
 			}
@@ -438,7 +438,7 @@ func TestRealWithdrawIsQuick(t *testing.T) {
 	k := r.open()
 	best := map[string]time.Duration{}
 	for range 20 {
-		if _, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}); err != nil {
+		if _, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)})); err != nil {
 			t.Fatal(err)
 		}
 		for _, a := range []Address{vip4, vip6} {
@@ -467,14 +467,14 @@ func TestRealSurvivesLostNotices(t *testing.T) {
 	// Nobody reads yet: far more notices than the socket's buffer holds.
 	const flaps = 1000
 	for range flaps {
-		if _, err := k.Set([]Address{lasting(vip4, time.Minute)}); err != nil {
+		if _, err := k.Set(always([]Address{lasting(vip4, time.Minute)})); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := k.Set(nil); err != nil {
+		if _, err := k.Set(always(nil)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := k.Set([]Address{lasting(vip6, time.Minute)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip6, time.Minute)})); err != nil {
 		t.Fatal(err)
 	}
 	six, appeared, anew := Change{Appeared, "six", vip6.Addr, "eth0"}, 0, false

@@ -92,9 +92,9 @@ func testTable(t *testing.T, open func(t *testing.T) (world, *Kernel)) {
 					t.Fatal(err)
 				}
 			}
-			held, err := k.Set(test.desired)
+			held, err := k.Set(always(test.desired))
 			if test.twice && err == nil {
-				held, err = k.Set(test.desired)
+				held, err = k.Set(always(test.desired))
 			}
 			if !errors.Is(err, test.err) {
 				t.Errorf("error %v, want %v", err, test.err)
@@ -106,7 +106,7 @@ func testTable(t *testing.T, open func(t *testing.T) (world, *Kernel)) {
 			if diff := cmp.Diff(test.held, held, addresses); diff != "" {
 				t.Errorf("held (-want +got):\n%s", diff)
 			}
-			if held, err := k.Set(nil); err != nil || len(held) > 0 {
+			if held, err := k.Set(always(nil)); err != nil || len(held) > 0 {
 				t.Errorf("nothing desired: held %v, error %v", held, err)
 			}
 			if got := w.String(); got != test.after {
@@ -116,7 +116,7 @@ func testTable(t *testing.T, open func(t *testing.T) (world, *Kernel)) {
 	}
 	t.Run("withdraw", func(t *testing.T) {
 		w, k := open(t)
-		if _, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, 30*time.Second)}); err != nil {
+		if _, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, 30*time.Second)})); err != nil {
 			t.Fatal(err)
 		}
 		if err := w.Add(prefix("10.77.0.100/32"), "eth1"); err != nil {
@@ -167,14 +167,14 @@ func testTable(t *testing.T, open func(t *testing.T) (world, *Kernel)) {
 			Change{Appeared, "four", vip4.Addr, "eth1"},
 			Change{Kind: CarrierUp, Interface: "eth0"},
 			Change{Disappeared, "six", vip6.Addr, ""})
-		if _, err := k.Set([]Address{lasting(vip4, time.Minute)}); err != nil {
+		if _, err := k.Set(always([]Address{lasting(vip4, time.Minute)})); err != nil {
 			t.Fatal(err)
 		}
 		expect(t, changes,
 			Change{Appeared, "four", vip4.Addr, "eth0"},
 			Change{Disappeared, "four", vip4.Addr, "eth1"})
 		// A renewal and a stranger's address are not told.
-		if _, err := k.Set([]Address{lasting(vip4, time.Minute)}); err != nil {
+		if _, err := k.Set(always([]Address{lasting(vip4, time.Minute)})); err != nil {
 			t.Fatal(err)
 		}
 		if err := w.Add(prefix("10.77.0.101/32"), "eth0"); err != nil {
@@ -231,11 +231,11 @@ func TestOpenRefuses(t *testing.T) {
 
 func TestSetOrder(t *testing.T) {
 	f, k := openFake(t)
-	if _, err := k.Set([]Address{lasting(vip4, 3*time.Second)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip4, 3*time.Second)})); err != nil {
 		t.Fatal(err)
 	}
 	f.Commands()
-	if _, err := k.Set([]Address{lasting(vip6, 3*time.Second)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip6, 3*time.Second)})); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
@@ -246,7 +246,7 @@ func TestSetOrder(t *testing.T) {
 		t.Errorf("commands (-want +got):\n%s", diff)
 	}
 	// Where nothing is to be done, nothing is.
-	if _, err := k.Set([]Address{lasting(vip6, 3*time.Second)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip6, 3*time.Second)})); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want[1:], f.Commands()); diff != "" {
@@ -257,12 +257,12 @@ func TestSetOrder(t *testing.T) {
 func TestSetTellsTheTruthWhenRefused(t *testing.T) {
 	refused := errors.New("refused")
 	f, k := openFake(t)
-	if _, err := k.Set([]Address{lasting(vip4, time.Minute)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip4, time.Minute)})); err != nil {
 		t.Fatal(err)
 	}
 	f.Refuse("ip addr del 10.77.0.100", refused)
 	f.Refuse("ip addr replace fd77::100", refused)
-	held, err := k.Set([]Address{lasting(vip6, time.Minute)})
+	held, err := k.Set(always([]Address{lasting(vip6, time.Minute)}))
 	if !errors.Is(err, refused) || !errors.Is(err, ErrRemains) {
 		t.Errorf("error %v", err)
 	}
@@ -280,14 +280,14 @@ func TestSetTellsTheTruthWhenRefused(t *testing.T) {
 	if f.String() != "" {
 		t.Errorf("a table that cannot be read kept the address on: %s", f)
 	}
-	if held, err := k.Set(nil); !errors.Is(err, refused) || held != nil {
+	if held, err := k.Set(always(nil)); !errors.Is(err, refused) || held != nil {
 		t.Errorf("held %v, error %v", held, err)
 	}
 }
 
 func TestLifetimeTooShort(t *testing.T) {
 	f, k := openFake(t)
-	held, err := k.Set([]Address{lasting(vip4, 999*time.Millisecond)})
+	held, err := k.Set(always([]Address{lasting(vip4, 999*time.Millisecond)}))
 	if err == nil || len(held) > 0 || f.String() != "" {
 		t.Errorf("held %v, error %v, kernel %s", held, err, f)
 	}
@@ -311,7 +311,7 @@ func (g *gate) put(p place) error {
 
 func TestWithdrawPassesSetBy(t *testing.T) {
 	f, k := openFake(t)
-	if _, err := k.Set([]Address{lasting(vip6, time.Minute)}); err != nil {
+	if _, err := k.Set(always([]Address{lasting(vip6, time.Minute)})); err != nil {
 		t.Fatal(err)
 	}
 	g := &gate{f, vip4.Addr, make(chan struct{}), make(chan struct{})}
@@ -322,7 +322,7 @@ func TestWithdrawPassesSetBy(t *testing.T) {
 	}
 	set := make(chan result)
 	go func() {
-		held, err := k.Set([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)})
+		held, err := k.Set(always([]Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}))
 		set <- result{held, err}
 	}()
 	<-g.waiting
@@ -383,7 +383,7 @@ func TestFakeLifetime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, k := openFake(t)
 		for range 3 {
-			if _, err := k.Set([]Address{lasting(vip4, 2*time.Second)}); err != nil {
+			if _, err := k.Set(always([]Address{lasting(vip4, 2*time.Second)})); err != nil {
 				t.Fatal(err)
 			}
 			time.Sleep(2*time.Second - 1)
@@ -391,10 +391,15 @@ func TestFakeLifetime(t *testing.T) {
 				t.Fatal("ended early")
 			}
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if f.String() != "" {
 			t.Error("did not end")
 		}
 	})
+}
+
+// always desires the same addresses.
+func always(addresses []Address) func() []Address {
+	return func() []Address { return addresses }
 }

@@ -292,7 +292,7 @@ func (s *subscription) snapshot(match func(netip.Addr) bool, interfaces []string
 // drain drops what waits on the socket: it is older than the snapshot that follows, and
 // what came after it may be lost. It is bounded, for the notices may never pause.
 func (s *subscription) drain() error {
-	defer s.socket.SetReceiveTimeout(&unix.Timeval{})
+	defer func() { _ = s.socket.SetReceiveTimeout(&unix.Timeval{}) }()
 	if err := s.socket.SetReceiveTimeout(&unix.Timeval{Usec: 1000}); err != nil {
 		return fmt.Errorf("limit rtnetlink's time: %w", err)
 	}

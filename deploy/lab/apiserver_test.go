@@ -63,8 +63,11 @@ func TestAPIServer(t *testing.T) {
 			}
 			must(t, api.Hang())
 			client.Timeout = brief
-			if _, err := client.Get(base + "/readyz"); !timedOut(err) {
+			if response, err := client.Get(base + "/readyz"); !timedOut(err) {
 				t.Errorf("hang: %v, want a time-out", err)
+				if err == nil {
+					response.Body.Close()
+				}
 			}
 			client.Timeout = soon
 			must(t, api.Well())

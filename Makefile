@@ -1,0 +1,54 @@
+# hamesh. `make` without a target prints this help.
+SHELL   := /bin/bash
+export CGO_ENABLED ?= 0
+
+# Tools, each with a module file of its own, so that go.mod lists what the product links.
+TOOL     = go tool -modfile=deploy/tools/$(1).mod $(2)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test sim bench chaos fuzz lint generate clean
+
+help: ## print this
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## bin/hameshd and bin/hactl, static
+	go build -trimpath -ldflags '-s -w' -o bin/ ./agent/hameshd ./cli/hactl
+
+demo: ## the main job on this machine, in network namespaces (KEEP=1: leave it running)
+	go build -o bin/ ./deploy/lab/hamesh-lab
+	bin/hamesh-lab demo $(if $(KEEP),-keep)
+
+test: ## all tests, with the race detector, on real namespaces
+	CGO_ENABLED=1 go test -race -timeout 20m $(ARGS) ./...
+
+SEEDS ?= 2000
+sim: ## simulate the ownership protocol: SEEDS=2000
+	go test ./agent/ownership -run TestSimulation -seeds=$(SEEDS) -timeout 0 -v
+
+bench: ## side-by-side benchmarks
+	go test ./agent/ownership ./agent/proxy/... -run '^$$' -bench . -benchmem
+
+DURATION ?= 60s
+SEED     ?= 1
+chaos: ## random faults against real agents: DURATION=60s SEED=1
+	go build -o bin/ ./deploy/lab/hamesh-lab
+	bin/hamesh-lab chaos -duration $(DURATION) -seed $(SEED)
+
+fuzz: ## fuzz the configuration parser for a minute
+	go test ./agent/config -run '^$$' -fuzz FuzzParse -fuzztime 60s -fuzzminimizetime 5x
+
+lint: ## linters, buf lint and breaking, generated code fresh
+	test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
+	go vet ./...
+	GOOS=darwin go vet ./cli/...
+	$(call TOOL,golangci,golangci-lint) run ./...
+	$(call TOOL,buf,buf) lint
+	deploy/tools/breaking
+	deploy/tools/fresh
+	go mod tidy -diff
+
+generate: ## make gen/ anew from proto/
+	$(call TOOL,buf,buf) generate --template proto/buf.gen.yaml
+
+clean: ## remove what build made
+	rm -rf bin
