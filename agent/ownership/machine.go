@@ -287,7 +287,11 @@ func (m *Machine) adopt(now Instant, v *vip, rec Record) {
 		v.lastRewrite = -forever
 	}
 	v.rec, v.known = rec, true
-	if changed {
+	switch {
+	case !changed:
+	case rec.Owner == "" && rec.Reason == "":
+		m.change(v, "nobody has owned it yet")
+	default:
 		m.change(v, rec.Reason)
 	}
 }
