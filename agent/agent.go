@@ -268,6 +268,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, s := range a.services {
 		a.task(s.String(), s.run)
 	}
+	a.task("store steering", a.steerStore)
 	a.task("readiness", a.tellReady)
 
 	select {
@@ -464,9 +465,7 @@ func (a *Agent) judgeEligibility() {
 	a.loop.post(a.ctx, ownership.Eligibility{Eligible: reason == ""})
 }
 
-// unfit is why this node may not take a VIP; empty: it may. A node that sees no healthy
-// API server where others see one is cut off from them; where nobody sees one, as before
-// the first API server is installed, that is no reason.
+// unfit is why this node may not take a VIP; empty: it may.
 func (a *Agent) unfit() string {
 	if a.cfg.Node.Role == config.Witness {
 		return "witness"
@@ -479,17 +478,8 @@ func (a *Agent) unfit() string {
 		}
 	}
 	for _, s := range a.services {
-		statuses, _, serving := s.look(func(string) bool { return false })
-		if !serving {
-			return "proxy " + s.cfg.Name + " does not accept connections"
-		}
-		usable, seen := false, false
-		for _, st := range statuses {
-			usable = usable || st.State.String() == "up"
-			seen = seen || len(st.SeenUpBy) > 0
-		}
-		if seen && !usable {
-			return "proxy " + s.cfg.Name + " sees no healthy API server, and others do"
+		if reason := s.unfit(); reason != "" {
+			return reason
 		}
 	}
 	return ""

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -24,7 +25,10 @@ type service struct {
 	cfg    config.Proxy
 	proxy  *proxy.Proxy
 	probes map[string]*probe.Probe
-	log    hclog.Logger
+	// through checks the whole way as a client goes it: through this proxy to whatever
+	// backend it chooses.
+	through *probe.Probe
+	log     hclog.Logger
 	// changed is called after the view or the own checks have changed.
 	changed func()
 	// reports is what this member's own checks say, for its heartbeats: no older than
@@ -36,7 +40,12 @@ type service struct {
 	statuses []health.Status
 	reported map[string]map[string]*hameshv1.BackendReport // member → backend → its last report
 	serving  bool
+	blocked  string // why the way through the proxy does not work; empty: it does
 }
+
+// throughFall is how many checks through the proxy must fail in a row before this node
+// counts as unfit: one backend that hangs costs as many as its own checks take to find it.
+const throughFall = 3
 
 func newService(cfg config.Proxy, self string, timing config.Timing, log hclog.Logger, m *metrics.Metrics, changed func()) (*service, error) {
 	s := &service{
@@ -64,9 +73,18 @@ func newService(cfg config.Proxy, self string, timing config.Timing, log hclog.L
 		}
 		s.probes[b.Name] = p
 	}
+	var err error
+	s.through, err = probe.New(probe.Config{
+		Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), cfg.Port),
+		Scheme:  probeSchemes[cfg.HealthCheck.Scheme], Path: cfg.HealthCheck.Path,
+		Interval: 2 * cfg.HealthCheck.Interval, Timeout: 2 * cfg.HealthCheck.Timeout, Rise: 1, Fall: throughFall,
+		OnResult: s.throughResult,
+	})
+	if err != nil {
+		return nil, err
+	}
 	s.view = health.NewView(viewed)
 	s.statuses = s.view.Backends(0)
-	var err error
 	if s.proxy, err = proxy.New(pcfg); err != nil {
 		return nil, err
 	}
@@ -86,6 +104,7 @@ func (s *service) run(ctx context.Context) error {
 	for _, p := range s.probes {
 		group.Go(func() error { return p.Run(ctx) })
 	}
+	group.Go(func() error { return s.through.Run(ctx) })
 	// Reports of other members go stale without anything happening.
 	group.Go(func() error {
 		tick := time.NewTicker(s.cfg.HealthCheck.Interval / 2)
@@ -112,6 +131,42 @@ func (s *service) setServing(on bool) {
 	s.serving = on
 	s.mu.Unlock()
 	s.changed()
+}
+
+func (s *service) throughResult(r health.Result) {
+	blocked := ""
+	if r.State == health.Down {
+		blocked = r.Reason
+	}
+	s.mu.Lock()
+	changed := blocked != s.blocked
+	s.blocked = blocked
+	s.mu.Unlock()
+	if changed {
+		s.changed()
+	}
+}
+
+// unfit is why a node should not take a VIP as far as this service goes; empty: no reason.
+// A node that sees no healthy API server where others see one is cut off from them; where
+// nobody sees one, as before the first API server is installed, that is no reason.
+func (s *service) unfit() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	usable, seen := false, false
+	for _, st := range s.statuses {
+		usable = usable || st.State == health.Up
+		seen = seen || len(st.SeenUpBy) > 0
+	}
+	switch {
+	case !s.serving:
+		return "proxy " + s.cfg.Name + " does not accept connections"
+	case seen && !usable:
+		return "proxy " + s.cfg.Name + " sees no healthy API server, and others do"
+	case usable && s.blocked != "":
+		return "a connection through proxy " + s.cfg.Name + " fails: " + s.blocked
+	}
+	return ""
 }
 
 func (s *service) connectFailed(backend string, _ error) {

@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+)
+
+const (
+	// steerEvery is how often the place of etcd's leader is looked at.
+	steerEvery = time.Second
+	// steerPause is how long it is left alone after it was moved: an election and some.
+	steerPause = 10 * time.Second
+)
+
+// steerStore keeps the embedded store's leader off the nodes that own a VIP: when both
+// are lost at once, taking over waits for etcd's election. A witness is the best place,
+// because it never owns.
+func (a *Agent) steerStore(ctx context.Context) error {
+	if a.cfg.Store.Embedded == nil || len(a.cfg.Members) < 3 {
+		return nil
+	}
+	wait := steerEvery
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+		wait = steerEvery
+		if a.store.Status().Leader != a.cfg.Node.Name {
+			continue // only the leader can hand over
+		}
+		to := a.betterLeader(ctx)
+		if to == "" {
+			continue
+		}
+		bounded, cancel := context.WithTimeout(ctx, steerPause)
+		err := a.store.MoveLeader(bounded, to)
+		cancel()
+		wait = steerPause
+		if err != nil {
+			a.log.Debug("could not move the store's leader off this owner", "peer", to, "error", err)
+			continue
+		}
+		a.log.Info("moved the store's leader off this owner", "peer", to)
+	}
+}
+
+// betterLeader is the member that should lead etcd in this one's place; empty: none.
+func (a *Agent) betterLeader(ctx context.Context) string {
+	view, ok := a.loop.view(ctx)
+	if !ok {
+		return ""
+	}
+	owners := map[string]bool{}
+	for _, v := range view.VIPs {
+		if !v.Record.Gone {
+			owners[v.Record.Owner] = true
+		}
+	}
+	if !owners[a.cfg.Node.Name] {
+		return ""
+	}
+	best := ""
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	for _, p := range view.Peers {
+		if !p.Heard || !p.Ready || owners[p.Name] {
+			continue
+		}
+		if best == "" || a.board.peers[p.Name].GetRole() == hameshv1.Role_ROLE_WITNESS {
+			best = p.Name
+		}
+	}
+	return best
+}
