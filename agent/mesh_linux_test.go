@@ -1,7 +1,11 @@
 package agent_test
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -9,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
 	"github.com/hamesh/hamesh/cli/pki"
 	"github.com/hamesh/hamesh/deploy/lab"
@@ -107,6 +113,27 @@ func stop(t *testing.T, run *lab.Run, from time.Time) lab.Report {
 	return lab.Summarize(samples, from, to)
 }
 
+// get asks a node's agent over HTTP, from that node.
+func get(t *testing.T, n *lab.Node, path string) string {
+	t.Helper()
+	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			return n.Host().DialContext(ctx, &net.Dialer{}, network, address)
+		},
+	}}
+	response, err := client.Get("http://127.0.0.1:7444" + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	b, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 // agree checks that what every agent says of owner and holders is what the kernels say.
 func agree(t *testing.T, m *lab.Mesh) {
 	t.Helper()
@@ -164,6 +191,31 @@ func TestMesh(t *testing.T) {
 				if !strings.Contains(status, set+":\t"+want+"\n") {
 					t.Errorf("%s: %s is not %s:\n%s", n.Name, set, want, status)
 				}
+			}
+		}
+	})
+
+	t.Run("metrics are well-formed and say what the kernels say", func(t *testing.T) {
+		for _, n := range m.Nodes {
+			text := get(t, n, "/metrics")
+			problems, err := promlint.New(strings.NewReader(text)).Lint()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, p := range problems {
+				if strings.HasPrefix(p.Metric, "hamesh_") {
+					t.Errorf("%s: %s", p.Metric, p.Text)
+				}
+			}
+			held := 0
+			if n == first {
+				held = 1
+			}
+			if want := fmt.Sprintf("hamesh_vip_held{vip=\"kube-api\"} %d\n", held); !strings.Contains(text, want) {
+				t.Errorf("%s: no %q in its metrics", n.Name, want)
+			}
+			if got := get(t, n, "/healthz"); got != "ok\n" {
+				t.Errorf("%s: /healthz says %q", n.Name, got)
 			}
 		}
 	})
