@@ -22,6 +22,7 @@ import (
 	"github.com/hamesh/hamesh/agent/announce"
 	"github.com/hamesh/hamesh/agent/config"
 	tlsfiles "github.com/hamesh/hamesh/agent/credentials"
+	"github.com/hamesh/hamesh/agent/guard"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/peer"
@@ -54,7 +55,9 @@ type Agent struct {
 	log hclog.Logger
 
 	store     *store.Store
+	managed   []vip.Address // the VIPs that this node may have
 	kernel    *vip.Kernel
+	guard     *guard.Guard // nil on a witness
 	announcer *announce.Announcer
 	keeper    *keeper
 	loop      *loop
@@ -77,6 +80,9 @@ type Agent struct {
 	stopOnce sync.Once
 	changes  chan ownership.Change
 	closers  []func()
+	// clean: nothing of this agent's is left in the kernel or the record, so that the
+	// guard may leave with it. So it is until Run.
+	clean bool
 }
 
 // New prepares the agent of a resolved configuration: it takes the node's lock, sweeps
@@ -84,7 +90,7 @@ type Agent struct {
 func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	a := &Agent{
 		cfg: cfg, log: log, board: newBoard(), links: map[string]*peer.Link{}, noCarrier: map[string]bool{},
-		silent: make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
+		clean: true, silent: make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
 	}
 	defer func() {
 		if err != nil {
@@ -94,16 +100,19 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the data directory: %w", err)
 	}
-	unlock, err := lockNode(cfg.DataDir)
+	lock, err := lockNode(cfg.DataDir)
 	if err != nil {
 		return nil, err
 	}
-	a.closers = append(a.closers, unlock)
+	a.closers = append(a.closers, func() { lock.Close() })
 	boot, err := nextBoot(cfg.DataDir, time.Now())
 	if err != nil {
 		return nil, err
 	}
 	if err := a.openKernel(); err != nil {
+		return nil, err
+	}
+	if err := a.postGuard(boot, lock); err != nil {
 		return nil, err
 	}
 	if err := a.openStore(boot); err != nil {
@@ -138,13 +147,12 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 // openKernel connects to netlink and sweeps: before the first heartbeat of this boot, so
 // that others may take a newer boot id for proof that the older one holds nothing.
 func (a *Agent) openKernel() (err error) {
-	var managed []vip.Address
 	if a.cfg.Node.Role == config.Candidate {
 		for _, v := range a.cfg.VIPs {
-			managed = append(managed, vip.Address{VIP: v.Name, Addr: v.Address, Interface: v.Interface})
+			a.managed = append(a.managed, vip.Address{VIP: v.Name, Addr: v.Address, Interface: v.Interface})
 		}
 	}
-	if a.kernel, err = vip.Open(a.log.Named("vip"), managed); err != nil {
+	if a.kernel, err = vip.Open(a.log.Named("vip"), a.managed); err != nil {
 		return err
 	}
 	a.closers = append(a.closers, a.kernel.Close)
@@ -152,13 +160,42 @@ func (a *Agent) openKernel() (err error) {
 		return err
 	}
 	a.announcer = announce.New(a.log.Named("announce"), announce.Config{LeaseTTL: a.cfg.Timing.LeaseTTL})
-	a.keeper = newKeeper(a.kernel, managed, a.cfg.Timing.LeaseTTL, a.log)
+	a.keeper = newKeeper(a.kernel, a.managed, a.cfg.Timing.LeaseTTL, a.log)
 	a.keeper.report = func(s ownership.AddressState) { a.loop.post(a.ctx, s) }
 	a.keeper.onHeld = func(name string, epoch int64) {
 		v := a.vip(name)
 		a.announcer.Start(announce.Target{VIP: name, Addr: v.Address, Interface: v.Interface}, epoch)
 	}
 	a.keeper.onGone = a.announcer.Stop
+	return nil
+}
+
+// postGuard starts the process that takes the VIPs off should this one be killed. It
+// knows every VIP before one is put on. A witness, which never has one, needs none.
+func (a *Agent) postGuard(boot uint64, lock *os.File) (err error) {
+	if len(a.managed) == 0 {
+		return nil
+	}
+	c := guard.Config{
+		Member: a.cfg.Node.Name, Boot: boot, VIPs: a.managed, Insecure: a.cfg.TLS.Insecure,
+		CAFile: a.cfg.TLS.CAFile, CertFile: a.cfg.TLS.CertFile, KeyFile: a.cfg.TLS.KeyFile,
+		LogJSON: a.cfg.Log.Format == config.JSON, Lock: lock, Log: a.log.Named("guard"),
+	}
+	for _, m := range a.cfg.Members {
+		if m.Name != a.cfg.Node.Name {
+			c.Peers = append(c.Peers, guard.Peer{Name: m.Name, Address: netip.AddrPortFrom(m.Address, a.cfg.API.Port)})
+		}
+	}
+	if a.guard, err = guard.Start(context.Background(), c); err != nil {
+		return err
+	}
+	a.closers = append(a.closers, func() {
+		// Where something is left to do, the guard stays: it sweeps again when this
+		// process has ended, and tells the members, who would otherwise wait S.
+		if a.clean {
+			a.guard.Stop()
+		}
+	})
 	return nil
 }
 
@@ -248,6 +285,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return fmt.Errorf("serve metrics: %w", err)
 	}
 
+	a.clean = false
 	tasks, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	a.group, a.ctx = errgroup.WithContext(tasks)
@@ -257,6 +295,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.task("ownership loop", a.loop.run)
 	a.task(a.keeper.String(), a.keeper.run)
 	a.task(a.announcer.String(), a.announcer.Run)
+	if a.guard != nil {
+		a.task(a.guard.String(), a.guard.Run)
+	}
 	a.task("server", func(ctx context.Context) error { return a.server.Serve(ctx, listeners...) })
 	a.task("metrics", func(ctx context.Context) error { return serveHTTP(ctx, metricsListener, a.observeHandler()) })
 	a.task("kernel watch", a.watchKernel)
@@ -275,7 +316,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	case <-a.ctx.Done(): // a task has failed
 	case <-ctx.Done():
 		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping) // no systemd, no notice
-		a.handOver()
+		a.clean = a.handOver()
 	}
 	cancel()
 	err = a.group.Wait()
@@ -292,21 +333,25 @@ func (a *Agent) task(name string, run func(context.Context) error) {
 	})
 }
 
-// handOver gives every VIP to somebody else, while everything still runs.
-func (a *Agent) handOver() {
+// handOver gives every VIP to somebody else, while everything still runs, and says
+// whether that came to its end.
+func (a *Agent) handOver() bool {
 	a.log.Info("stopping: handing over")
 	a.loop.post(a.ctx, ownership.Shutdown{})
 	select {
 	case <-a.stopped:
+		return true
 	case <-a.ctx.Done():
 	case <-time.After(handOverWithin):
 		a.log.Warn("nobody took everything over in time", "timeout", handOverWithin)
 	}
+	return false
 }
 
 // leave takes the last addresses off, then gives back the lease and stops the store.
 func (a *Agent) leave() error {
 	_, err := a.kernel.Sweep()
+	a.clean = a.clean && err == nil
 	if err == nil {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()

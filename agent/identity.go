@@ -18,8 +18,9 @@ import (
 const lockWithin = 10 * time.Second
 
 // lockNode takes the node's lock, so that at most one agent speaks for the node. The
-// kernel gives it up when the process ends, however it ends (flock(2)).
-func lockNode(dataDir string) (unlock func(), err error) {
+// kernel gives it up when every process that has the file open has closed it or ended,
+// however it ended (flock(2)); a guard has it open too.
+func lockNode(dataDir string) (*os.File, error) {
 	path := filepath.Join(dataDir, "lock")
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
@@ -28,7 +29,7 @@ func lockNode(dataDir string) (unlock func(), err error) {
 	for deadline := time.Now().Add(lockWithin); ; time.Sleep(20 * time.Millisecond) {
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return func() { f.Close() }, nil
+			return f, nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline) {
 			f.Close()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hamesh/hamesh/agent/config"
+	"github.com/hamesh/hamesh/agent/guard"
 )
 
 const usage = `hameshd is the hamesh agent, one on every control-plane node.
@@ -36,6 +37,9 @@ const (
 // Main runs hameshd with the arguments after the program's name and returns its exit
 // status.
 func Main(args []string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "guard" { // started by the agent alone
+		return guard.Main(args[1:], stderr)
+	}
 	flags := pflag.NewFlagSet("hameshd", pflag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() { fmt.Fprint(stderr, usage) }

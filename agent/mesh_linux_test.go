@@ -452,3 +452,32 @@ func TestBadCertificates(t *testing.T) {
 		t.Errorf("the stranger's log does not say why:\n%s", m.Node("cp-3").Log())
 	}
 }
+
+// TestKilledAgent checks that the guard makes a SIGKILL of the owner's agent cheap.
+func TestKilledAgent(t *testing.T) {
+	m := newMesh(t, lab.Options{Clients: 10})
+	n := owner(t, m)
+	healthy(t, m)
+	run := load(t, m, lab.Load{Rate: 200})
+	time.Sleep(500 * time.Millisecond)
+	from := time.Now()
+	if err := n.KillAgent(); err != nil {
+		t.Fatal(err)
+	}
+	err := lab.Await(2*time.Second, func() error {
+		if now := m.Recorder.Now(); len(now) != 1 || now[0] == n.Name {
+			return fmt.Errorf("the kernels with the address are those of %v", now)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond)
+	r := stop(t, run, from)
+	h := never(t, m, from, leaseTTL)
+	t.Logf("longest gap %v, of one client %v; without a holder for %v; failed %d of %d %v", r.Gap, r.GapBySource, h.LongestNone, r.Failed, r.Requests, r.Errors)
+	if r.Gap > time.Second {
+		t.Errorf("no answer for %v", r.Gap)
+	}
+}

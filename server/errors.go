@@ -31,7 +31,7 @@ var (
 	errUnidentified   = errors.New("the certificate names no role in this mesh")
 	errRole           = errors.New("the caller's role does not allow this call")
 	errNotAPeer       = errors.New("the caller is no other member of this mesh")
-	errForeignMember  = errors.New("a heartbeat speaks for a member other than its sender")
+	errForeignMember  = errors.New("the message speaks for a member other than its sender")
 	errEmptyHeartbeat = errors.New("the request holds no heartbeat")
 	errStopping       = errors.New("the agent is stopping")
 	errPanic          = errors.New("internal error, see the agent's log")

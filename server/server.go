@@ -53,6 +53,10 @@ type MeshPeer interface {
 	// and returns the ack; nil: it deserves none. Heartbeats of one stream come in order, one at a time; several
 	// members' come at the same time.
 	Heartbeat(ctx context.Context, from string, heartbeat *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error)
+	// Withdrawn takes the word of the guard of the member from, whose name the server has
+	// checked. It is called at any time, and again for the same word. An error makes the
+	// guard try again for a while where its code is Unavailable.
+	Withdrawn(ctx context.Context, from string, word *hameshv1.WithdrawnRequest) error
 }
 
 // Options says whom the server serves.

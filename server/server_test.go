@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -75,6 +76,13 @@ func (a *agent) Heartbeat(_ context.Context, from string, heartbeat *hameshv1.He
 	defer a.mu.Unlock()
 	a.heard = append(a.heard, from)
 	return &hameshv1.ExchangeResponse{AckBoot: heartbeat.GetBoot(), AckSequence: heartbeat.GetSequence()}, nil
+}
+
+func (a *agent) Withdrawn(_ context.Context, from string, word *hameshv1.WithdrawnRequest) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.heard = append(a.heard, fmt.Sprintf("%s: %d %s", from, word.GetBoot(), word.GetVips()))
+	return nil
 }
 
 // authority is a CA of a mesh in a directory.
@@ -325,6 +333,48 @@ func TestExchangeSpeaksForItsSenderOnly(t *testing.T) {
 	_ = stream.Send(&hameshv1.ExchangeRequest{})
 	if _, err := stream.Recv(); outcome(err) != "InvalidArgument HEARTBEAT_MISSING" {
 		t.Errorf("empty request: %v", err)
+	}
+}
+
+func TestWithdrawnSpeaksForItsSenderOnly(t *testing.T) {
+	ca, a := newAuthority(t, "prod"), newAgent()
+	secure := serve(t, a, server.Options{TLS: ca.issue("cp-1", pki.RoleAgent).Server()})
+	open := serve(t, a, server.Options{Insecure: true})
+	peer := dial(t, secure.tcp, ca.issue("cp-2", pki.RoleAgent).Client("cp-1"))
+	anybody := dial(t, open.tcp, insecure.NewCredentials())
+	const refused, stranger = "PermissionDenied MEMBER_MISMATCH", "PermissionDenied NOT_A_PEER"
+	for name, test := range map[string]struct {
+		conn   *grpc.ClientConn
+		member string
+		want   string
+	}{
+		"own name":                {peer, "cp-2", "ok"},
+		"another's":               {peer, "cp-3", refused},
+		"none":                    {peer, "", refused},
+		"believed":                {anybody, "cp-3", "ok"},
+		"stranger not believed":   {anybody, "cp-9", stranger},
+		"the callee not believed": {anybody, "cp-1", stranger},
+		"nobody not believed":     {anybody, "", stranger},
+		"itself":                  {dial(t, secure.tcp, mustOpen(t, ca, "cp-1").Client("cp-1")), "cp-1", stranger},
+		"operator": {dial(t, secure.tcp, ca.issue("alice", pki.RoleOperator).Client("cp-1")), "cp-2",
+			"PermissionDenied ROLE_INSUFFICIENT"},
+		"socket": {dial(t, secure.socket, insecure.NewCredentials()), "cp-2", "PermissionDenied ROLE_INSUFFICIENT"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a.heard = nil
+			_, err := hameshv1.NewMeshServiceClient(test.conn).Withdrawn(t.Context(),
+				&hameshv1.WithdrawnRequest{Member: test.member, Boot: 7, Vips: []string{"kube-api"}})
+			if outcome(err) != test.want {
+				t.Errorf("got %v, want %s", err, test.want)
+			}
+			var heard []string
+			if test.want == "ok" {
+				heard = []string{test.member + ": 7 [kube-api]"}
+			}
+			if !slices.Equal(a.heard, heard) {
+				t.Errorf("the agent heard %q, want %q", a.heard, heard)
+			}
+		})
 	}
 }
 

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -102,4 +103,19 @@ func (s *Server) Exchange(stream grpc.BidiStreamingServer[hameshv1.ExchangeReque
 			return err
 		}
 	}
+}
+
+// Withdrawn implements MeshService.
+func (s *Server) Withdrawn(ctx context.Context, request *hameshv1.WithdrawnRequest) (*hameshv1.WithdrawnResponse, error) {
+	from := cmp.Or(identityFrom(ctx).name, request.GetMember())
+	if !slices.Contains(s.peers, from) {
+		return nil, fmt.Errorf("a guard's word from %q: %w", from, errNotAPeer)
+	}
+	if request.GetMember() != from {
+		return nil, fmt.Errorf("a guard's word for %q from %q: %w", request.GetMember(), from, errForeignMember)
+	}
+	if err := s.peer.Withdrawn(ctx, from, request); err != nil {
+		return nil, err
+	}
+	return &hameshv1.WithdrawnResponse{}, nil
 }

@@ -131,6 +131,108 @@ func (x *ExchangeResponse) GetAckSequence() uint64 {
 	return 0
 }
 
+// WithdrawnRequest says who has ended, and what it holds no more.
+type WithdrawnRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The member whose agent has ended; the caller's own.
+	Member string `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	// The boot id of the agent that has ended.
+	Boot uint64 `protobuf:"varint,2,opt,name=boot,proto3" json:"boot,omitempty"`
+	// The VIPs, by their names in the configuration, that the member's kernel was seen not
+	// to have after that.
+	Vips          []string `protobuf:"bytes,3,rep,name=vips,proto3" json:"vips,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawnRequest) Reset() {
+	*x = WithdrawnRequest{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawnRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawnRequest) ProtoMessage() {}
+
+func (x *WithdrawnRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawnRequest.ProtoReflect.Descriptor instead.
+func (*WithdrawnRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *WithdrawnRequest) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *WithdrawnRequest) GetBoot() uint64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+func (x *WithdrawnRequest) GetVips() []string {
+	if x != nil {
+		return x.Vips
+	}
+	return nil
+}
+
+// WithdrawnResponse says that the word was heard.
+type WithdrawnResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawnResponse) Reset() {
+	*x = WithdrawnResponse{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawnResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawnResponse) ProtoMessage() {}
+
+func (x *WithdrawnResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawnResponse.ProtoReflect.Descriptor instead.
+func (*WithdrawnResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{3}
+}
+
 // Heartbeat is everything one member says about itself. Silence about a VIP means
 // that no claim is made.
 type Heartbeat struct {
@@ -167,7 +269,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[2]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -179,7 +281,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[2]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -192,7 +294,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{2}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Heartbeat) GetMember() string {
@@ -313,7 +415,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[3]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -325,7 +427,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[3]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -338,7 +440,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{3}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Record) GetOwner() string {
@@ -433,7 +535,7 @@ type VipReport struct {
 
 func (x *VipReport) Reset() {
 	*x = VipReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -445,7 +547,7 @@ func (x *VipReport) String() string {
 func (*VipReport) ProtoMessage() {}
 
 func (x *VipReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -458,7 +560,7 @@ func (x *VipReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VipReport.ProtoReflect.Descriptor instead.
 func (*VipReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{4}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *VipReport) GetName() string {
@@ -537,7 +639,7 @@ type Ask struct {
 
 func (x *Ask) Reset() {
 	*x = Ask{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +651,7 @@ func (x *Ask) String() string {
 func (*Ask) ProtoMessage() {}
 
 func (x *Ask) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +664,7 @@ func (x *Ask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ask.ProtoReflect.Descriptor instead.
 func (*Ask) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{5}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Ask) GetRevision() int64 {
@@ -596,7 +698,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +710,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +723,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{6}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Grant) GetRevision() int64 {
@@ -671,7 +773,7 @@ type BackendReport struct {
 
 func (x *BackendReport) Reset() {
 	*x = BackendReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -683,7 +785,7 @@ func (x *BackendReport) String() string {
 func (*BackendReport) ProtoMessage() {}
 
 func (x *BackendReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -696,7 +798,7 @@ func (x *BackendReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendReport.ProtoReflect.Descriptor instead.
 func (*BackendReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *BackendReport) GetProxy() string {
@@ -744,7 +846,12 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x10ExchangeResponse\x122\n" +
 	"\theartbeat\x18\x01 \x01(\v2\x14.hamesh.v1.HeartbeatR\theartbeat\x12\x19\n" +
 	"\back_boot\x18\x02 \x01(\x04R\aackBoot\x12!\n" +
-	"\fack_sequence\x18\x03 \x01(\x04R\vackSequence\"\x91\x03\n" +
+	"\fack_sequence\x18\x03 \x01(\x04R\vackSequence\"R\n" +
+	"\x10WithdrawnRequest\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
+	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
+	"\x04vips\x18\x03 \x03(\tR\x04vips\"\x13\n" +
+	"\x11WithdrawnResponse\"\x91\x03\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x1a\n" +
@@ -794,9 +901,10 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12-\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x17.hamesh.v1.BackendStateR\x05state\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12 \n" +
-	"\vconnections\x18\x05 \x01(\rR\vconnections2V\n" +
+	"\vconnections\x18\x05 \x01(\rR\vconnections2\x9e\x01\n" +
 	"\vMeshService\x12G\n" +
-	"\bExchange\x12\x1a.hamesh.v1.ExchangeRequest\x1a\x1b.hamesh.v1.ExchangeResponse(\x010\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\bExchange\x12\x1a.hamesh.v1.ExchangeRequest\x1a\x1b.hamesh.v1.ExchangeResponse(\x010\x01\x12F\n" +
+	"\tWithdrawn\x12\x1b.hamesh.v1.WithdrawnRequest\x1a\x1c.hamesh.v1.WithdrawnResponseB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_mesh_service_proto_rawDescOnce sync.Once
@@ -810,35 +918,39 @@ func file_hamesh_v1_mesh_service_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_mesh_service_proto_rawDescData
 }
 
-var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_hamesh_v1_mesh_service_proto_goTypes = []any{
-	(*ExchangeRequest)(nil),  // 0: hamesh.v1.ExchangeRequest
-	(*ExchangeResponse)(nil), // 1: hamesh.v1.ExchangeResponse
-	(*Heartbeat)(nil),        // 2: hamesh.v1.Heartbeat
-	(*Record)(nil),           // 3: hamesh.v1.Record
-	(*VipReport)(nil),        // 4: hamesh.v1.VipReport
-	(*Ask)(nil),              // 5: hamesh.v1.Ask
-	(*Grant)(nil),            // 6: hamesh.v1.Grant
-	(*BackendReport)(nil),    // 7: hamesh.v1.BackendReport
-	(Role)(0),                // 8: hamesh.v1.Role
-	(Right)(0),               // 9: hamesh.v1.Right
-	(BackendState)(0),        // 10: hamesh.v1.BackendState
+	(*ExchangeRequest)(nil),   // 0: hamesh.v1.ExchangeRequest
+	(*ExchangeResponse)(nil),  // 1: hamesh.v1.ExchangeResponse
+	(*WithdrawnRequest)(nil),  // 2: hamesh.v1.WithdrawnRequest
+	(*WithdrawnResponse)(nil), // 3: hamesh.v1.WithdrawnResponse
+	(*Heartbeat)(nil),         // 4: hamesh.v1.Heartbeat
+	(*Record)(nil),            // 5: hamesh.v1.Record
+	(*VipReport)(nil),         // 6: hamesh.v1.VipReport
+	(*Ask)(nil),               // 7: hamesh.v1.Ask
+	(*Grant)(nil),             // 8: hamesh.v1.Grant
+	(*BackendReport)(nil),     // 9: hamesh.v1.BackendReport
+	(Role)(0),                 // 10: hamesh.v1.Role
+	(Right)(0),                // 11: hamesh.v1.Right
+	(BackendState)(0),         // 12: hamesh.v1.BackendState
 }
 var file_hamesh_v1_mesh_service_proto_depIdxs = []int32{
-	2,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
-	2,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
-	4,  // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
-	7,  // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
-	8,  // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
-	3,  // 5: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
-	9,  // 6: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
-	6,  // 7: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
-	5,  // 8: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
-	10, // 9: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
+	4,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
+	4,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
+	6,  // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
+	9,  // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
+	10, // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
+	5,  // 5: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
+	11, // 6: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
+	8,  // 7: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
+	7,  // 8: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
+	12, // 9: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
 	0,  // 10: hamesh.v1.MeshService.Exchange:input_type -> hamesh.v1.ExchangeRequest
-	1,  // 11: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
-	11, // [11:12] is the sub-list for method output_type
-	10, // [10:11] is the sub-list for method input_type
+	2,  // 11: hamesh.v1.MeshService.Withdrawn:input_type -> hamesh.v1.WithdrawnRequest
+	1,  // 12: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
+	3,  // 13: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
+	12, // [12:14] is the sub-list for method output_type
+	10, // [10:12] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -856,7 +968,7 @@ func file_hamesh_v1_mesh_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_mesh_service_proto_rawDesc), len(file_hamesh_v1_mesh_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

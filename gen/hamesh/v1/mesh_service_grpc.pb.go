@@ -19,7 +19,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	MeshService_Exchange_FullMethodName = "/hamesh.v1.MeshService/Exchange"
+	MeshService_Exchange_FullMethodName  = "/hamesh.v1.MeshService/Exchange"
+	MeshService_Withdrawn_FullMethodName = "/hamesh.v1.MeshService/Withdrawn"
 )
 
 // MeshServiceClient is the client API for MeshService service.
@@ -31,6 +32,9 @@ type MeshServiceClient interface {
 	// Exchange carries the caller's heartbeats; each is answered at once by one ack,
 	// which is a full heartbeat of the callee. Every member calls every other one.
 	Exchange(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ExchangeRequest, ExchangeResponse], error)
+	// Withdrawn is a guard's word that its agent has ended and that the addresses are off.
+	// It may come more than once.
+	Withdrawn(ctx context.Context, in *WithdrawnRequest, opts ...grpc.CallOption) (*WithdrawnResponse, error)
 }
 
 type meshServiceClient struct {
@@ -54,6 +58,16 @@ func (c *meshServiceClient) Exchange(ctx context.Context, opts ...grpc.CallOptio
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type MeshService_ExchangeClient = grpc.BidiStreamingClient[ExchangeRequest, ExchangeResponse]
 
+func (c *meshServiceClient) Withdrawn(ctx context.Context, in *WithdrawnRequest, opts ...grpc.CallOption) (*WithdrawnResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WithdrawnResponse)
+	err := c.cc.Invoke(ctx, MeshService_Withdrawn_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // MeshServiceServer is the server API for MeshService service.
 // All implementations must embed UnimplementedMeshServiceServer
 // for forward compatibility.
@@ -63,6 +77,9 @@ type MeshServiceServer interface {
 	// Exchange carries the caller's heartbeats; each is answered at once by one ack,
 	// which is a full heartbeat of the callee. Every member calls every other one.
 	Exchange(grpc.BidiStreamingServer[ExchangeRequest, ExchangeResponse]) error
+	// Withdrawn is a guard's word that its agent has ended and that the addresses are off.
+	// It may come more than once.
+	Withdrawn(context.Context, *WithdrawnRequest) (*WithdrawnResponse, error)
 	mustEmbedUnimplementedMeshServiceServer()
 }
 
@@ -75,6 +92,9 @@ type UnimplementedMeshServiceServer struct{}
 
 func (UnimplementedMeshServiceServer) Exchange(grpc.BidiStreamingServer[ExchangeRequest, ExchangeResponse]) error {
 	return status.Error(codes.Unimplemented, "method Exchange not implemented")
+}
+func (UnimplementedMeshServiceServer) Withdrawn(context.Context, *WithdrawnRequest) (*WithdrawnResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Withdrawn not implemented")
 }
 func (UnimplementedMeshServiceServer) mustEmbedUnimplementedMeshServiceServer() {}
 func (UnimplementedMeshServiceServer) testEmbeddedByValue()                     {}
@@ -104,13 +124,36 @@ func _MeshService_Exchange_Handler(srv interface{}, stream grpc.ServerStream) er
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type MeshService_ExchangeServer = grpc.BidiStreamingServer[ExchangeRequest, ExchangeResponse]
 
+func _MeshService_Withdrawn_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WithdrawnRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MeshServiceServer).Withdrawn(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: MeshService_Withdrawn_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MeshServiceServer).Withdrawn(ctx, req.(*WithdrawnRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // MeshService_ServiceDesc is the grpc.ServiceDesc for MeshService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var MeshService_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "hamesh.v1.MeshService",
 	HandlerType: (*MeshServiceServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Withdrawn",
+			Handler:    _MeshService_Withdrawn_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Exchange",
