@@ -98,28 +98,30 @@ func until(t *testing.T, limit time.Duration, what string, f func() bool) {
 	}
 }
 
+// confined runs f in the port's host with these capabilities in effect.
+func confined(p *lab.Port, capabilities uint32, f func() error) error {
+	return p.Host.Do(func() error {
+		header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var before [2]unix.CapUserData
+		if err := unix.Capget(header, &before[0]); err != nil {
+			return err
+		}
+		less := before
+		less[0].Effective, less[1].Effective = capabilities, 0
+		if err := unix.Capset(header, &less[0]); err != nil {
+			return err
+		}
+		return errors.Join(f(), unix.Capset(header, &before[0]))
+	})
+}
+
 // announcer runs one on a node until the test ends, with these capabilities in effect.
 func (s *segment) announcer(p *lab.Port, capabilities uint32) (*Announcer, <-chan First) {
 	firsts := make(chan First, 16)
 	a := New(hclog.NewNullLogger(), Config{LeaseTTL: 400 * ms, Announced: func(f First) { firsts <- f }})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() {
-		done <- p.Host.Do(func() error {
-			header := &unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-			var before [2]unix.CapUserData
-			if err := unix.Capget(header, &before[0]); err != nil {
-				return err
-			}
-			less := before
-			less[0].Effective, less[1].Effective = capabilities, 0
-			if err := unix.Capset(header, &less[0]); err != nil {
-				return err
-			}
-			err := a.Run(ctx)
-			return errors.Join(err, unix.Capset(header, &before[0]))
-		})
-	}()
+	go func() { done <- confined(p, capabilities, func() error { return a.Run(ctx) }) }()
 	s.t.Cleanup(func() {
 		cancel()
 		check(s.t, <-done)
