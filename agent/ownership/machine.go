@@ -53,6 +53,8 @@ type Machine struct {
 	nextWrite uint64
 	pending   map[uint64]pending
 
+	faults faultSet // rules left out on purpose; none but in tests
+
 	out Output
 }
 
@@ -90,6 +92,7 @@ type vip struct {
 	// As owner.
 	claims      bool
 	settled     bool               // prev has withdrawn
+	from        string             // the member that gave it to this one in order; empty: none
 	confirmed   map[string]Instant // member → when the newest heartbeat that it confirmed was sent
 	rewritten   Instant            // when the newest answered rewrite was sent; -forever: none
 	lastRewrite Instant            // when a rewrite was last tried
@@ -111,6 +114,7 @@ type vip struct {
 	releasing bool // shutting down with nobody to take it
 	released  bool // that write has been tried
 
+	wire     wire
 	move     *move
 	nextAuto Instant // no move of our own accord before this
 	wellFrom Instant // since when the first preferred member could have it
@@ -183,7 +187,7 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 		m.takeSnapshot(now, ev)
 	case LeaseRenewed:
 		m.storeAnswered(now)
-		m.lease, m.leaseSent = ev.Lease, ev.SentAt
+		m.lease, m.leaseSent = ev.Lease, m.faults.instead(leaseFromAnswer, ev.SentAt, now)
 	case LeaseLost:
 		m.storeAnswered(now)
 		if ev.Lease == m.lease {
@@ -199,6 +203,10 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 		m.eligible = ev.Eligible
 	case Withdrawn:
 		m.takeWithdrawal(ev)
+	case Probed:
+		m.takeProbed(now, ev)
+	case Foreign:
+		m.takeForeign(ev)
 	case MoveOrder:
 		m.takeOrder(now, ev)
 	case Shutdown:
@@ -210,6 +218,9 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 	for _, v := range m.vips {
 		m.decide(now, v)
 	}
+	for i, c := range m.out.Changes { // told as things stand after the step
+		m.out.Changes[i].Right = m.vip(c.VIP).right
+	}
 	m.speak(now, ack)
 	m.finish(now)
 	return m.out
@@ -218,7 +229,7 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 // distrustStall starts all suspicions anew where the machine was not stepped for longer
 // than it should: one's own silence is no proof of others'.
 func (m *Machine) distrustStall(now Instant) {
-	if now.Sub(m.last) <= 2*m.cfg.Timing.Heartbeat {
+	if now.Sub(m.last) <= 2*m.cfg.Timing.Heartbeat || m.faults.has(stallTrusted) {
 		return
 	}
 	for _, v := range m.vips {
@@ -232,6 +243,7 @@ func (m *Machine) decide(now Instant, v *vip) {
 	m.settle(now, v)
 	m.judge(now, v)
 	m.keepGrants(now, v)
+	m.probe(now, v)
 	m.campaign(now, v)
 	m.grant(now, v)
 	m.swap(now, v)
@@ -242,6 +254,7 @@ func (m *Machine) decide(now Instant, v *vip) {
 // judge computes right, claim and desired address.
 func (m *Machine) judge(now Instant, v *vip) {
 	was := v.right
+	m.unyield(now, v)
 	v.right, v.until = m.rightOf(now, v)
 	v.claims = m.mayClaim(now, v)
 	if on := v.right != NoRight && !v.releasing; on != v.on {
@@ -256,7 +269,7 @@ func (m *Machine) judge(now Instant, v *vip) {
 // mine reports whether the newest record names this boot of this member, or is gone
 // with it as the last owner.
 func (m *Machine) mine(v *vip) bool {
-	return v.known && v.rec.Owner == m.cfg.Self && v.rec.OwnerBoot == m.cfg.Boot
+	return v.known && v.rec.Owner == m.cfg.Self && (v.rec.OwnerBoot == m.cfg.Boot || m.faults.has(earlierLifeCounts))
 }
 
 // holds is what the member says about its kernel. Between a wish and the report that it
@@ -287,6 +300,9 @@ func (m *Machine) adopt(now Instant, v *vip, rec Record) {
 		v.lastRewrite = -forever
 	}
 	v.rec, v.known = rec, true
+	if changed && m.mine(v) {
+		v.from = rec.Prev
+	}
 	switch {
 	case !changed:
 	case rec.Owner == "" && rec.Reason == "":
@@ -367,7 +383,7 @@ func (m *Machine) takeResult(now Instant, r WriteResult) {
 	// and only for the epoch that it was about.
 	if r.Outcome == Written && (p.kind == writeSwap || p.kind == writeRewrite) &&
 		m.mine(v) && r.Record.Epoch == v.rec.Epoch && r.SentAt > v.rewritten {
-		v.rewritten = r.SentAt
+		v.rewritten = m.faults.instead(lateYesCounts, r.SentAt, now)
 	}
 	switch p.kind {
 	case writeSwap:
@@ -423,7 +439,7 @@ func (m *Machine) heartbeat() Heartbeat {
 	b := Heartbeat{Member: m.cfg.Self, Boot: m.cfg.Boot, Ready: m.ready, Eligible: m.eligible && !m.stopping,
 		Witness: m.self.Witness, Priority: m.self.Priority, Lease: m.lease}
 	for _, v := range m.vips {
-		r := Report{VIP: v.Name, Claims: v.claims, Holds: v.holds(), Held: v.held, Right: v.right, Ask: v.ask,
+		r := Report{VIP: v.Name, Claims: v.claims, Holds: v.holds() && (v.on || !m.faults.has(withdrawnEarly)), Held: v.held, Right: v.right, Ask: v.ask,
 			Grants: slices.Clone(v.grants), Attempts: slices.Clone(v.open)}
 		if v.known {
 			r.Record = v.rec
@@ -455,7 +471,14 @@ func (m *Machine) finish(now Instant) {
 	}
 	stopped := m.stopping
 	for _, v := range m.vips {
-		m.out.Holds = append(m.out.Holds, Hold{VIP: v.Name, On: v.on, Gen: v.gen, Until: v.until, Epoch: v.rec.Epoch, Right: v.right})
+		h := Hold{VIP: v.Name, On: v.on, Gen: v.gen, Until: v.until, Epoch: v.rec.Epoch, Right: v.right}
+		switch {
+		case v.on:
+			h.Peer = v.from
+		case v.rec.Prev == m.cfg.Self && v.rec.PrevBoot == m.cfg.Boot:
+			h.Planned, h.Peer = true, v.rec.Owner
+		}
+		m.out.Holds = append(m.out.Holds, h)
 		if v.right != NoRight {
 			soonest(v.until)
 			soonest(v.until - Instant(t.HoldWindow/3))
@@ -465,9 +488,12 @@ func (m *Machine) finish(now Instant) {
 		for _, p := range m.peers {
 			soonest(m.quietSince(v, p.Name).Add(t.SuspectAfter))
 		}
-		soonest(m.turn(now, v))
+		if !v.claims {
+			soonest(m.turn(now, v))
+		}
 		soonest(v.recSince.Add(t.SuspectAfter))
 		soonest(v.nextAuto)
+		soonest(v.wire.probedAt.Add(probeAgain))
 		if v.holds() || v.move != nil || (m.mine(v) && !v.released) {
 			stopped = false
 		}
@@ -491,7 +517,10 @@ type VIPView struct {
 	Record  Record
 	Right   Right    // the owner's, by its own word or, for this member, by its own judgement
 	Holders []string // members that say they hold it
-	Until   time.Duration
+	// Stranger is the link-layer address of who has the address although nobody of the
+	// mesh has ever owned it, by this member's own probe.
+	Stranger string
+	Until    time.Duration
 }
 
 // PeerView is another member as this one knows it.
@@ -509,7 +538,7 @@ type PeerView struct {
 func (m *Machine) View(now Instant) View {
 	view := View{Ready: m.ready, Eligible: m.eligible && !m.stopping, StoreAnswers: m.storeAnswers(now)}
 	for _, v := range m.vips {
-		vv := VIPView{Name: v.Name, Record: v.rec, Until: v.until.Sub(now)}
+		vv := VIPView{Name: v.Name, Record: v.rec, Until: v.until.Sub(now), Stranger: v.wire.stranger}
 		if v.held {
 			vv.Holders = append(vv.Holders, m.cfg.Self)
 		}

@@ -113,6 +113,10 @@ func (m *Machine) moveAnswered(now Instant, v *vip, r WriteResult) {
 			m.writeMove(v)
 		}
 	case Unknown:
+		if m.faults.has(unansweredFailed) {
+			m.failMove(now, v, Superseded)
+			return
+		}
 		// Reading the old revision would not prove that it failed; only a write does.
 		mv.fencing = true
 		v.lastRewrite = -forever

@@ -8,7 +8,7 @@ import (
 // rightOf returns the right in force at now and its deadline: the later one where both
 // are in force.
 func (m *Machine) rightOf(now Instant, v *vip) (Right, Instant) {
-	if !m.ready || !m.mine(v) || !v.settled {
+	if !m.ready || !m.mine(v) || !v.settled || v.wire.yielded != "" {
 		return NoRight, 0
 	}
 	peers, store := m.byMajority(v), m.byStore(v)
@@ -28,7 +28,7 @@ func (m *Machine) rightOf(now Instant, v *vip) (Right, Instant) {
 // when the confirmed heartbeat was sent, and the majority's weakest one decides.
 func (m *Machine) byMajority(v *vip) Instant {
 	need := m.majority
-	if !grantedAgainst(v.grants, m.cfg.Self, v.rec.Revision) {
+	if !grantedAgainst(v.grants, m.cfg.Self, v.rec.Revision) || m.faults.has(selfAlwaysCounts) {
 		need--
 	}
 	if need == 0 {
@@ -67,14 +67,14 @@ func (m *Machine) leaseDeadline() Instant {
 // mayClaim says whether heartbeats claim the VIP. The last clause keeps an owner that
 // has no store, and grants standing against it, from blocking everybody for ever.
 func (m *Machine) mayClaim(now Instant, v *vip) bool {
-	if !m.ready || !m.mine(v) || !v.settled || v.releasing {
+	if !m.ready || !m.mine(v) || !v.settled || v.releasing || v.wire.yielded != "" {
 		return false
 	}
 	if v.right != NoRight {
 		return true
 	}
 	return m.heard(now, m.cfg.Timing.HoldWindow) >= m.majority &&
-		(m.storeAnswers(now) || m.unopposed(now, v) >= m.majority)
+		(m.storeAnswers(now) || m.unopposed(now, v) >= m.majority || m.faults.has(claimsForEver))
 }
 
 // unopposed counts the members, oneself included, that have neither granted against
@@ -127,7 +127,7 @@ func (p *peer) report(vip string) (Report, bool) {
 // receive takes a peer's heartbeat and says whether it is to be answered.
 func (m *Machine) receive(now Instant, b Heartbeat) (answer bool) {
 	p := m.peer(b.Member)
-	if p == nil || (p.heard && b.Boot < p.beat.Boot) || b.Boot <= p.withdrawn {
+	if p == nil || (p.heard && b.Boot < p.beat.Boot && !m.faults.has(olderBootHeard)) || b.Boot <= p.withdrawn {
 		return false
 	}
 	reborn := p.heard && b.Boot > p.beat.Boot
@@ -146,13 +146,13 @@ func (m *Machine) receive(now Instant, b Heartbeat) (answer bool) {
 			}
 		}
 	}
-	if !stale {
+	if !stale || m.faults.has(lowerSequenceHeard) {
 		p.heard, p.beat = true, b
 		p.Witness, p.Priority = b.Witness, b.Priority
 	}
 	for _, v := range m.vips {
 		for _, r := range b.VIPs {
-			if r.VIP == v.Name && (r.Record.Revision > 0 || r.Record.Owner != "") && v.known {
+			if r.VIP == v.Name && (r.Record.Revision > 0 || r.Record.Owner != "") && v.known && !m.faults.has(epochNotHeeded) {
 				m.adopt(now, v, r.Record)
 			}
 		}
@@ -168,7 +168,7 @@ func (m *Machine) receive(now Instant, b Heartbeat) (answer bool) {
 // nothing else: up for S, unchanged for S, majority and compares remain.
 func (m *Machine) takeWithdrawal(w Withdrawn) {
 	p := m.peer(w.Member)
-	if p == nil || (p.heard && p.beat.Boot > w.Boot) || w.Boot <= p.withdrawn {
+	if p == nil || (p.heard && p.beat.Boot > w.Boot && !m.faults.has(lateWordBelieved)) || w.Boot <= p.withdrawn {
 		return
 	}
 	p.withdrawn = w.Boot
@@ -183,7 +183,7 @@ func (m *Machine) takeWithdrawal(w Withdrawn) {
 // takeAck counts the confirmations in an ack.
 func (m *Machine) takeAck(p *peer, b Heartbeat) {
 	s := m.sent[b.AckSeq%sentRing]
-	if b.AckBoot != m.cfg.Boot || s.seq != b.AckSeq || !b.Ready {
+	if b.AckBoot != m.cfg.Boot || b.AckSeq == 0 || s.seq != b.AckSeq || (!b.Ready && !m.faults.has(unreadyConfirms)) {
 		return
 	}
 	for i, v := range m.vips {
@@ -191,11 +191,12 @@ func (m *Machine) takeAck(p *peer, b Heartbeat) {
 			continue
 		}
 		for _, r := range b.VIPs {
-			if r.VIP != v.Name || grantedAgainst(r.Grants, m.cfg.Self, v.rec.Revision) {
+			if r.VIP != v.Name || (grantedAgainst(r.Grants, m.cfg.Self, v.rec.Revision) && !m.faults.has(opposedConfirms)) {
 				continue
 			}
-			if at, ok := v.confirmed[p.Name]; !ok || s.at > at {
-				v.confirmed[p.Name] = s.at
+			sent := m.faults.instead(countFromAck, s.at, m.last)
+			if at, ok := v.confirmed[p.Name]; !ok || sent > at {
+				v.confirmed[p.Name] = sent
 			}
 		}
 	}
@@ -209,7 +210,7 @@ func (m *Machine) settle(_ Instant, v *vip) {
 		return
 	}
 	p := m.peer(v.rec.Prev)
-	if p != nil && p.withdrawn >= v.rec.PrevBoot {
+	if (p != nil && (p.withdrawn >= v.rec.PrevBoot || (p.withdrawn > 0 && m.faults.has(anyGuardSettles)))) || m.faults.has(prevTakenAsSettled) {
 		v.settled = true
 		return
 	}
@@ -218,7 +219,7 @@ func (m *Machine) settle(_ Instant, v *vip) {
 	}
 	r, ok := p.report(v.Name)
 	v.settled = p.beat.Boot > v.rec.PrevBoot ||
-		(ok && r.Record.Epoch >= v.rec.Epoch && !r.Holds && !r.Claims)
+		(ok && (r.Record.Epoch >= v.rec.Epoch || m.faults.has(staleWordSettles)) && !r.Holds && !r.Claims)
 }
 
 // keepRecord writes what an owner owes the store: its name on the lease of this life,
@@ -248,7 +249,7 @@ func (m *Machine) keepRecord(now Instant, v *vip) {
 	default:
 		return
 	}
-	if next.Prev != "" && v.settled {
+	if next.Prev != "" && (v.settled || m.faults.has(prevDropped)) {
 		next.Prev, next.PrevBoot = "", 0
 	}
 	v.lastRewrite = now

@@ -9,7 +9,7 @@ import (
 // quietSince is when anybody but the candidate was last heard to claim the VIP, or when
 // this member began to listen.
 func (m *Machine) quietSince(v *vip, candidate string) Instant {
-	quiet := v.suspectFrom
+	quiet := m.faults.instead(startNotWaited, v.suspectFrom, -forever)
 	for member, at := range v.claimAt {
 		if member != candidate {
 			quiet = max(quiet, at)
@@ -21,9 +21,9 @@ func (m *Machine) quietSince(v *vip, candidate string) Instant {
 // keepGrants drops the grants that are void: for a revision that is history, or for an
 // attempt that its candidate has handed back. Those of a candidate's earlier boot stand,
 // because its swap may still be on the way to the store.
-func (m *Machine) keepGrants(_ Instant, v *vip) {
+func (m *Machine) keepGrants(now Instant, v *vip) {
 	v.grants = slices.DeleteFunc(v.grants, func(g Grant) bool {
-		if g.Revision < v.rec.Revision {
+		if g.Revision < v.rec.Revision || (m.faults.has(grantForgotten) && m.quietSince(v, g.To) == now) {
 			return true
 		}
 		if g.To == m.cfg.Self {
@@ -41,7 +41,7 @@ func (m *Machine) keepGrants(_ Instant, v *vip) {
 // grant answers the asks that are heard. A member that still claims, or whose kernel
 // still has the address, grants nobody.
 func (m *Machine) grant(now Instant, v *vip) {
-	if !m.ready || !v.known || v.claims || v.holds() {
+	if !m.ready || !v.known || ((v.claims || v.holds()) && !m.faults.has(holderGrants)) {
 		return
 	}
 	give := func(to string, boot uint64, ask Ask) {
@@ -116,16 +116,16 @@ func (m *Machine) ranking(now Instant, v *vip) []string {
 
 // campaign begins an attempt to take over, or gives one up.
 func (m *Machine) campaign(now Instant, v *vip) {
-	may := m.ready && v.known && m.lease != 0 && m.storeAnswers(now) && !m.stopping && !v.claims && v.right == NoRight &&
+	may := m.ready && v.known && m.lease != 0 && (m.storeAnswers(now) || m.faults.has(silentStoreAsks)) && !m.stopping && !v.claims && v.right == NoRight &&
 		// A record that is mine is written again, not taken over; unless the former
 		// owner's word is missing, or it is gone and nobody confirms me.
 		(v.rec.Owner != m.cfg.Self || v.rec.Gone || !v.settled) &&
-		now >= m.turn(now, v)
+		now >= m.turn(now, v) && m.clear(now, v)
 	switch {
 	case v.ask.Attempt == 0 && may:
 		v.attempt++
 		v.ask, v.askedAt, v.swapped = Ask{Revision: v.rec.Revision, Attempt: v.attempt}, now, false
-	case v.ask.Attempt != 0 && !may && !v.swapped:
+	case v.ask.Attempt != 0 && !may && !v.swapped && !m.faults.has(claimOverheard):
 		v.ask = Ask{}
 	}
 }
@@ -133,7 +133,7 @@ func (m *Machine) campaign(now Instant, v *vip) {
 // swap writes this member into the record once enough members have granted that.
 func (m *Machine) swap(now Instant, v *vip) {
 	t := m.cfg.Timing
-	if v.ask.Attempt == 0 || v.swapped || now.Sub(v.recSince) < t.SuspectAfter {
+	if v.ask.Attempt == 0 || v.swapped || (now.Sub(v.recSince) < t.SuspectAfter && !m.faults.has(revisionNotAwaited)) {
 		return
 	}
 	want := Grant{Revision: v.ask.Revision, To: m.cfg.Self, ToBoot: m.cfg.Boot, Attempt: v.ask.Attempt}
@@ -167,7 +167,12 @@ func (m *Machine) swap(now Instant, v *vip) {
 		return
 	}
 	v.swapped = true
-	v.open = append(v.open, v.ask.Attempt)
+	if !m.faults.has(sentSwapHandedBack) {
+		v.open = append(v.open, v.ask.Attempt)
+	}
+	if m.faults.has(bootsNotCompared) {
+		boots = nil
+	}
 	m.write(v, writeSwap, v.ask.Attempt, Write{Compare: v.ask.Revision, Boots: boots, Record: next})
 }
 

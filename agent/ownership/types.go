@@ -27,6 +27,7 @@ type Config struct {
 	VIPs          []VIP
 	Timing        Timing
 	ExternalStore bool // the store can be there when a majority of members is not
+	Probe         bool // Output.Probes is answered; else every address counts as free
 }
 
 // Member is one agent of the mesh. Role and priority are the member's own to say: its
@@ -290,6 +291,8 @@ type Output struct {
 	Writes    []Write
 	Moves     []MoveProgress
 	Changes   []Change
+	Probes    []string           // VIPs to look for on the segment, each answered by a Probed
+	Announce  []string           // VIPs to announce again now: somebody else did
 	Silent    map[string]Instant // members not heard for S, each with when it was last heard
 	Wake      Instant            // step again then at the latest
 	Stopped   bool               // after Shutdown: nothing is held or owned any more
@@ -303,6 +306,10 @@ type Hold struct {
 	Until Instant // On only: take it off then, unless told otherwise before
 	Epoch int64
 	Right Right
+	// Planned: off because the VIP goes to another member in order, which is Peer. With
+	// On, Peer is the member that gave it away in order; empty where it was taken.
+	Planned bool
+	Peer    string
 }
 
 // Phase is how far a move has come.
