@@ -18,8 +18,9 @@ demo: ## the main job on this machine, in network namespaces (KEEP=1: leave it r
 	go build -o bin/ ./deploy/lab/hamesh-lab
 	bin/hamesh-lab demo $(if $(KEEP),-keep)
 
+# One package at a time: most of them time real kernels and sockets.
 test: ## all tests, with the race detector, on real namespaces
-	CGO_ENABLED=1 go test -race -timeout 20m $(ARGS) ./...
+	CGO_ENABLED=1 go test -race -p 1 -timeout 20m $(ARGS) ./...
 
 SEEDS ?= 2000
 sim: ## simulate the ownership protocol: SEEDS=2000

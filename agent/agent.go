@@ -60,6 +60,8 @@ type Agent struct {
 	guard     *guard.Guard // nil on a witness
 	announcer *announce.Announcer
 	keeper    *keeper
+	segment   *segment
+	handing   *handing
 	loop      *loop
 	links     map[string]*peer.Link
 	services  []*service
@@ -70,7 +72,8 @@ type Agent struct {
 
 	ctx    context.Context // of every task
 	group  *errgroup.Group
-	beatAt atomic.Int64 // when the loop last stepped, Unix nanoseconds
+	macs   atomic.Pointer[[][]byte] // of the VIPs' interfaces
+	beatAt atomic.Int64             // when the loop last stepped, Unix nanoseconds
 
 	carrierMu sync.Mutex
 	noCarrier map[string]bool // interfaces known to have none
@@ -130,7 +133,8 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 		a.closers = append(a.closers, s.proxy.Close)
 		a.services = append(a.services, s)
 	}
-	a.moves = newMoves(a)
+	a.moves, a.segment = newMoves(a), newSegment(a)
+	a.readMACs()
 	a.loop = &loop{
 		machine: ownership.New(a.ownershipConfig(boot), now()),
 		inputs:  make(chan input),
@@ -138,7 +142,11 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 		beat:    func() { a.beatAt.Store(time.Now().UnixNano()) },
 		effects: effects{
 			hold: a.keeper.set, broadcast: a.broadcast, write: a.store.Write, progress: a.progress,
-			silent: a.fellSilent, change: a.changed, stopped: func() { a.stopOnce.Do(func() { close(a.stopped) }) },
+			silent: a.fellSilent, change: a.changed, announce: a.announcer.Refresh,
+			probe: func(name string) {
+				a.group.Go(func() error { a.segment.probe(a.ctx, name); return nil })
+			},
+			stopped: func() { a.stopOnce.Do(func() { close(a.stopped) }) },
 		},
 	}
 	return a, a.openMesh()
@@ -162,7 +170,10 @@ func (a *Agent) openKernel() (err error) {
 	a.announcer = announce.New(a.log.Named("announce"), announce.Config{LeaseTTL: a.cfg.Timing.LeaseTTL})
 	a.keeper = newKeeper(a.kernel, a.managed, a.cfg.Timing.LeaseTTL, a.log)
 	a.keeper.report = func(s ownership.AddressState) { a.loop.post(a.ctx, s) }
+	a.openHanding()
+	a.keeper.take, a.keeper.give = a.handing.take, a.handing.give
 	a.keeper.onHeld = func(name string, epoch int64) {
+		a.handing.held(name)
 		v := a.vip(name)
 		a.announcer.Start(announce.Target{VIP: name, Addr: v.Address, Interface: v.Interface}, epoch)
 	}
@@ -255,7 +266,7 @@ func (a *Agent) timing() ownership.Timing {
 }
 
 func (a *Agent) ownershipConfig(boot uint64) ownership.Config {
-	c := ownership.Config{Self: a.cfg.Node.Name, Boot: boot, Timing: a.timing(), ExternalStore: a.cfg.Store.External != nil}
+	c := ownership.Config{Self: a.cfg.Node.Name, Boot: boot, Timing: a.timing(), ExternalStore: a.cfg.Store.External != nil, Probe: true}
 	for _, m := range a.cfg.Members {
 		c.Members = append(c.Members, ownership.Member{Name: m.Name, Witness: m.Role == config.Witness, Priority: m.Priority})
 	}
@@ -301,6 +312,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.task("server", func(ctx context.Context) error { return a.server.Serve(ctx, listeners...) })
 	a.task("metrics", func(ctx context.Context) error { return serveHTTP(ctx, metricsListener, a.observeHandler()) })
 	a.task("kernel watch", a.watchKernel)
+	a.task("drains", func(ctx context.Context) error { return a.handing.run(ctx, a.ownerOf) })
+	if len(a.managed) > 0 {
+		a.task("segment listener", a.segment.run)
+	}
 	a.task("journal", a.journal)
 	a.task("mourner", a.mourn)
 	for _, l := range a.links {
@@ -424,7 +439,11 @@ func (a *Agent) broadcast(b ownership.Heartbeat) {
 // complete adds to a heartbeat what is not the ownership protocol's.
 func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
 	h.Version, h.StoreLeader = Version, a.store.Status().Leader
-	h.Reason = *a.board.reason.Load()
+	h.Reason, h.Macs = *a.board.reason.Load(), *a.macs.Load()
+	for _, v := range h.GetVips() {
+		keeps, n, to := a.handing.keeps(v.GetName())
+		v.Keeps, v.KeptConnections, v.ForwardsTo = keeps, uint32(n), to
+	}
 	for _, s := range a.services {
 		h.Backends = append(h.Backends, *s.reports.Load()...)
 	}
@@ -482,8 +501,15 @@ func (a *Agent) mourn(ctx context.Context) error {
 			return nil
 		case silent := <-a.silent:
 			dead := make(map[string]time.Duration, len(silent))
+			lost := make(map[string]bool, len(silent))
 			for member, at := range silent {
-				dead[member] = time.Duration(at)
+				dead[member], lost[member] = time.Duration(at), true
+			}
+			a.board.mu.Lock()
+			a.board.silent = lost
+			a.board.mu.Unlock()
+			for member := range lost {
+				a.handing.died(member, a.ownerOf)
 			}
 			for _, s := range a.services {
 				s.setDead(dead)
@@ -542,6 +568,7 @@ func (a *Agent) watchKernel(ctx context.Context) error {
 			a.carrierMu.Lock()
 			a.noCarrier[c.Interface] = c.Kind == vip.CarrierDown
 			a.carrierMu.Unlock()
+			a.readMACs()
 			a.judgeEligibility()
 			for _, v := range a.cfg.VIPs {
 				if v.Interface == c.Interface && c.Kind == vip.CarrierUp {

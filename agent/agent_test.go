@@ -117,6 +117,7 @@ func newKeeperRig(t *testing.T, wrap func(*vip.Kernel) kernel) *keeperRig {
 		}
 	}
 	r.onGone = func(string) {}
+	r.take, r.give = func(ownership.Hold) {}, func(ownership.Hold) {}
 	return r
 }
 

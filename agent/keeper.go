@@ -31,7 +31,10 @@ type keeper struct {
 	// when it is there no more.
 	onHeld func(vip string, epoch int64)
 	onGone func(vip string)
-	log    hclog.Logger
+	// take and give are called before an address is put on, and before it is taken off
+	// because it goes to another member.
+	take, give func(ownership.Hold)
+	log        hclog.Logger
 
 	slots []*slot
 	wake  chan struct{} // one token: put on or renew now
@@ -112,14 +115,19 @@ func (k *keeper) run(ctx context.Context) error {
 	for _, s := range k.slots {
 		group.Go(func() { k.withdraw(ctx, s) })
 	}
+	gens := make([]ownership.Hold, len(k.slots))
+	taken := make([]uint64, len(k.slots)) // generations for which take was called
 	renew := time.NewTicker(k.lifetime / 6)
 	defer renew.Stop()
 	for {
-		gens := make([]ownership.Hold, len(k.slots))
 		for i, s := range k.slots {
 			s.mu.Lock()
 			gens[i] = s.hold
 			s.mu.Unlock()
+			if h := gens[i]; h.On && taken[i] != h.Gen {
+				taken[i] = h.Gen
+				k.take(h)
+			}
 		}
 		held, err := k.kernel.Set(k.desired)
 		if err != nil {
@@ -171,6 +179,9 @@ func (k *keeper) withdraw(ctx context.Context, s *slot) {
 		s.mu.Unlock()
 		switch {
 		case !hold.On && hold.Gen != done, lapsed && !wasLapsed:
+			if !hold.On {
+				k.give(hold)
+			}
 			k.onGone(s.addr.VIP)
 			if err := k.kernel.Withdraw(s.addr.Addr); err != nil {
 				k.log.Error("could not take an address off", "vip", s.addr.VIP, "error", err)

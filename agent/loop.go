@@ -37,6 +37,8 @@ type effects struct {
 	silent    func(map[string]ownership.Instant) // whenever other members fall silent or speak again
 	progress  func(ownership.MoveProgress)
 	change    func(ownership.Change)
+	probe     func(vip string)
+	announce  func(vip string)
 	stopped   func()
 }
 
@@ -85,6 +87,12 @@ func (l *loop) carry(out ownership.Output, at ownership.Instant, reply chan<- ow
 	}
 	for _, w := range out.Writes {
 		l.effects.write(w)
+	}
+	for _, name := range out.Probes {
+		l.effects.probe(name)
+	}
+	for _, name := range out.Announce {
+		l.effects.announce(name)
 	}
 	for _, c := range out.Changes {
 		l.effects.change(c)

@@ -481,3 +481,191 @@ func TestKilledAgent(t *testing.T) {
 		t.Errorf("no answer for %v", r.Gap)
 	}
 }
+
+// TestStranger checks that nobody takes an address that somebody else uses, and that
+// the mesh says who does; and that an owner defends its address later.
+func TestStranger(t *testing.T) {
+	stranger, err := lab.NewHost("stranger")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stranger.Close()
+	address := netip.MustParsePrefix("10.77.0.100/16")
+	m := newMesh(t, lab.Options{Agentless: true})
+	port, err := m.Switch.Attach(stranger, "eth0", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range m.Nodes {
+		if err := n.StartAgent(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = lab.Await(20*time.Second, func() error {
+		for _, n := range m.Nodes {
+			s, err := n.Status()
+			if err != nil {
+				return err
+			}
+			if !slices.ContainsFunc(s.GetProblems(), func(p *hameshv1.Problem) bool {
+				return p.GetCode() == "VIP_IN_USE" && strings.Contains(p.GetMessage(), port.MAC.String())
+			}) {
+				return fmt.Errorf("%s does not say that %v has the address: %v", n.Name, port.MAC, s.GetProblems())
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h := m.Recorder.Between(time.Now().Add(-time.Minute), time.Now()); h.Max > 0 {
+		t.Errorf("somebody took it all the same: %+v", h.Spans)
+	}
+	if err := stranger.DeleteAddress("eth0", address); err != nil {
+		t.Fatal(err)
+	}
+	owner(t, m)
+	healthy(t, m)
+}
+
+// TestDeletedByHand checks that an address that somebody takes off the owner's kernel is
+// back at once.
+func TestDeletedByHand(t *testing.T) {
+	m := newMesh(t, lab.Options{})
+	n := owner(t, m)
+	for range 5 {
+		from := time.Now()
+		if err := n.Host().DeleteAddress("eth0", netip.MustParsePrefix("10.77.0.100/32")); err != nil {
+			t.Fatal(err)
+		}
+		if err := lab.Await(time.Second, func() error {
+			has, err := n.Has(netip.MustParseAddr("10.77.0.100"))
+			if err == nil && !has {
+				err = fmt.Errorf("%s does not have the address", n.Name)
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("back after %v at most", time.Since(from))
+		if took := time.Since(from); took > 500*time.Millisecond {
+			t.Errorf("back only after %v", took)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	agree(t, m)
+}
+
+// TestStoreOutage checks that an outage of the store moves nothing and fails nobody.
+func TestStoreOutage(t *testing.T) {
+	m := newMesh(t, lab.Options{})
+	n := owner(t, m)
+	healthy(t, m)
+	before, err := n.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	from := time.Now()
+	run := load(t, m, lab.Load{Rate: 50, Streams: 5})
+	start, err := m.StopStore()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Longer than the lease's TTL, so that the record goes when the store comes back.
+	time.Sleep(2 * leaseTTL)
+	during, err := n.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := during.GetVips()[0]
+	if v.GetOwner() != n.Name || v.GetRight() != hameshv1.Right_RIGHT_FAILSAFE || during.GetState() != hameshv1.State_STATE_DEGRADED || during.GetStore().GetAvailable() {
+		t.Errorf("during the outage: owner %s, right %v, state %v, store %v", v.GetOwner(), v.GetRight(), during.GetState(), during.GetStore())
+	}
+	if err := start(); err != nil {
+		t.Fatal(err)
+	}
+	healthy(t, m)
+	time.Sleep(leaseTTL)
+	r := stop(t, run, from)
+	t.Logf("%d requests, %d failed %v, longest gap %v, broken streams %d", r.Requests, r.Failed, r.Errors, r.Gap, r.Broken)
+	if r.Failed > 0 || r.Broken > 0 {
+		t.Errorf("%d requests failed (%v), %d streams broke", r.Failed, r.Errors, r.Broken)
+	}
+	if h := never(t, m, from, 0); len(h.Spans) != 1 {
+		t.Errorf("the holder changed: %+v", h.Spans)
+	}
+	after, err := n.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if was, is := before.GetVips()[0].GetEpoch(), after.GetVips()[0].GetEpoch(); was != is {
+		t.Errorf("the epoch went from %d to %d", was, is)
+	}
+}
+
+// TestFrozenOwner checks that an agent that is stopped (SIGSTOP) loses the VIP as a dead
+// one does, its kernel's address by its lifetime, and takes nothing back when it goes on.
+func TestFrozenOwner(t *testing.T) {
+	m := newMesh(t, lab.Options{Clients: 10})
+	n := owner(t, m)
+	healthy(t, m)
+	run := load(t, m, lab.Load{Rate: 100})
+	time.Sleep(500 * time.Millisecond)
+	from := time.Now()
+	if err := n.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	err := lab.Await(leaseTTL+time.Second, func() error {
+		if now := m.Recorder.Now(); len(now) != 1 || now[0] == n.Name {
+			return fmt.Errorf("the kernels with the address are those of %v", now)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The address itself: off within its lifetime, which was renewed a sixth of it ago at most.
+	h := m.Recorder.Between(from, time.Now())
+	t.Logf("two kernels had the address for %v", h.LongestSeveral)
+	if h.LongestSeveral > leaseTTL+500*time.Millisecond {
+		t.Errorf("two kernels had the address for %v", h.LongestSeveral)
+	}
+	time.Sleep(time.Second)
+	thawed := time.Now()
+	if err := n.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	healthy(t, m)
+	r := stop(t, run, from)
+	t.Logf("longest gap %v, failed %d of %d %v", r.Gap, r.Failed, r.Requests, r.Errors)
+	if r.Gap > leaseTTL {
+		t.Errorf("no answer for %v", r.Gap)
+	}
+	if h := never(t, m, thawed, 0); len(h.Spans) != 1 {
+		t.Errorf("the holder changed when the frozen agent went on: %+v", h.Spans)
+	}
+	agree(t, m)
+}
+
+// TestStreamsOutliveMoves checks that planned moves break no connection and fail none.
+func TestStreamsOutliveMoves(t *testing.T) {
+	m := newMesh(t, lab.Options{Clients: 60})
+	owner(t, m)
+	healthy(t, m)
+	from := time.Now()
+	run := load(t, m, lab.Load{Rate: 100, Streams: 60})
+	time.Sleep(time.Second)
+	for i := range 7 { // chains, and back again
+		move(t, m, m.Nodes[[]int{1, 2, 0, 1, 0, 2, 1}[i]])
+		time.Sleep(1500 * time.Millisecond)
+	}
+	r := stop(t, run, from)
+	t.Logf("%d streams, %d broken %v, longest silence %v; %d requests, %d failed %v, slowest %v", r.Streams, r.Broken, r.Breaks, r.Silence, r.Requests, r.Failed, r.Errors, r.Max)
+	if r.Streams != 60 || r.Broken > 0 {
+		t.Errorf("%d of %d streams broke: %v", r.Broken, r.Streams, r.Breaks)
+	}
+	if r.Failed > 0 {
+		t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
+	}
+	never(t, m, from, 50*time.Millisecond)
+}

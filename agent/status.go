@@ -21,6 +21,10 @@ type board struct {
 	changed chan struct{} // closed and replaced at each change
 	owners  map[string]tenure
 	peers   map[string]*hameshv1.Heartbeat // the newest of each other member
+	silent  map[string]bool                // members given up
+	// next is whom a member forwarded unknown connections of a VIP to when it last was not
+	// its holder; keys are MEMBER/VIP.
+	next map[string]string
 
 	reason atomic.Pointer[string] // why this node is not eligible; empty: it is
 }
@@ -34,7 +38,7 @@ type tenure struct {
 }
 
 func newBoard() *board {
-	b := &board{changed: make(chan struct{}), owners: map[string]tenure{}, peers: map[string]*hameshv1.Heartbeat{}}
+	b := &board{changed: make(chan struct{}), owners: map[string]tenure{}, peers: map[string]*hameshv1.Heartbeat{}, next: map[string]string{}}
 	starting := "starting"
 	b.reason.Store(&starting)
 	return b
@@ -79,6 +83,11 @@ func (b *board) hear(h *hameshv1.Heartbeat) {
 		return
 	}
 	b.peers[h.GetMember()] = h
+	for _, v := range h.GetVips() {
+		if !v.GetHolds() {
+			b.next[h.GetMember()+"/"+v.GetName()] = v.GetForwardsTo()
+		}
+	}
 	b.mu.Unlock()
 	if was == nil || was.GetReady() != h.GetReady() || was.GetEligible() != h.GetEligible() || was.GetReason() != h.GetReason() || holdsDiffer(was, h) {
 		b.notify()
@@ -144,6 +153,16 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 			down = true
 		case len(v.Holders) > 1:
 			problem("VIP_TWO_HOLDERS", fmt.Sprintf("%v all have %s", v.Holders, v.Name), "it ends by itself within the lease TTL; if it does not, stop hameshd on all but the owner")
+		}
+		if v.Stranger != "" {
+			problem("VIP_IN_USE", v.Stranger+" has "+vip.Address+" already, so nobody takes "+v.Name, "take the address off that machine, or choose another one")
+		}
+		if c, recent := a.segment.conflict(v.Name); recent {
+			who := "a stranger"
+			if c.member != "" {
+				who = c.member
+			}
+			problem("VIP_CONFLICT", fmt.Sprintf("%s (%s) speaks for %s on the segment", who, c.mac, v.Name), "find that machine and take the address off it; the owner defends it meanwhile")
 		}
 		if v.Right == ownership.Failsafe {
 			problem("VIP_FAILSAFE", v.Name+" stays with "+v.Record.Owner+" by its peers' word, because the store does not answer it", "bring the store back")

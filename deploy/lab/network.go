@@ -334,6 +334,22 @@ func (h *Host) AddAddress(ifname string, prefix netip.Prefix) error {
 	return nil
 }
 
+// DeleteAddress takes an address off an interface of the host.
+func (h *Host) DeleteAddress(ifname string, prefix netip.Prefix) error {
+	link, err := h.links.LinkByName(ifname)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", ifname, err)
+	}
+	addr := &netlink.Addr{IPNet: &net.IPNet{
+		IP:   prefix.Addr().AsSlice(),
+		Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen()),
+	}}
+	if err := h.links.AddrDel(link, addr); err != nil {
+		return fmt.Errorf("delete %s from %s: %w", prefix, ifname, err)
+	}
+	return nil
+}
+
 // Cut pulls the cable: nothing passes, and the host sees its carrier go.
 func (p *Port) Cut() error { return p.change("cut", p.sw.links.LinkSetDown) }
 

@@ -262,7 +262,9 @@ type Heartbeat struct {
 	// What it does in the mesh, by its own configuration.
 	Role Role `protobuf:"varint,12,opt,name=role,proto3,enum=hamesh.v1.Role" json:"role,omitempty"`
 	// Its priority as a candidate, by its own configuration; the higher one goes first.
-	Priority      int32 `protobuf:"varint,13,opt,name=priority,proto3" json:"priority,omitempty"`
+	Priority int32 `protobuf:"varint,13,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Link-layer addresses of the interfaces it announces VIPs on.
+	Macs          [][]byte `protobuf:"bytes,14,rep,name=macs,proto3" json:"macs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -386,6 +388,13 @@ func (x *Heartbeat) GetPriority() int32 {
 		return x.Priority
 	}
 	return 0
+}
+
+func (x *Heartbeat) GetMacs() [][]byte {
+	if x != nil {
+		return x.Macs
+	}
+	return nil
 }
 
 // Record is who owns a VIP, as the store has it or had it.
@@ -528,7 +537,13 @@ type VipReport struct {
 	// those whose swap was sent and never answered. Grants for others are void.
 	Attempts []uint64 `protobuf:"varint,8,rep,packed,name=attempts,proto3" json:"attempts,omitempty"`
 	// Whether its kernel had the address when it was last read back.
-	Held          bool `protobuf:"varint,9,opt,name=held,proto3" json:"held,omitempty"`
+	Held bool `protobuf:"varint,9,opt,name=held,proto3" json:"held,omitempty"`
+	// Whether it still serves connections that it had when it gave the VIP away.
+	Keeps bool `protobuf:"varint,10,opt,name=keeps,proto3" json:"keeps,omitempty"`
+	// How many.
+	KeptConnections uint32 `protobuf:"varint,11,opt,name=kept_connections,json=keptConnections,proto3" json:"kept_connections,omitempty"`
+	// The member to which it sends packets of connections it does not know; empty: none.
+	ForwardsTo    string `protobuf:"bytes,12,opt,name=forwards_to,json=forwardsTo,proto3" json:"forwards_to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -624,6 +639,27 @@ func (x *VipReport) GetHeld() bool {
 		return x.Held
 	}
 	return false
+}
+
+func (x *VipReport) GetKeeps() bool {
+	if x != nil {
+		return x.Keeps
+	}
+	return false
+}
+
+func (x *VipReport) GetKeptConnections() uint32 {
+	if x != nil {
+		return x.KeptConnections
+	}
+	return 0
+}
+
+func (x *VipReport) GetForwardsTo() string {
+	if x != nil {
+		return x.ForwardsTo
+	}
+	return ""
 }
 
 // Ask is a candidate's wish to take over.
@@ -851,7 +887,7 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
 	"\x04vips\x18\x03 \x03(\tR\x04vips\"\x13\n" +
-	"\x11WithdrawnResponse\"\x91\x03\n" +
+	"\x11WithdrawnResponse\"\xa5\x03\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x1a\n" +
@@ -866,7 +902,8 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	" \x01(\tR\aversion\x12!\n" +
 	"\fstore_leader\x18\v \x01(\tR\vstoreLeader\x12#\n" +
 	"\x04role\x18\f \x01(\x0e2\x0f.hamesh.v1.RoleR\x04role\x12\x1a\n" +
-	"\bpriority\x18\r \x01(\x05R\bpriority\"\xe2\x01\n" +
+	"\bpriority\x18\r \x01(\x05R\bpriority\x12\x12\n" +
+	"\x04macs\x18\x0e \x03(\fR\x04macs\"\xe2\x01\n" +
 	"\x06Record\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x1d\n" +
 	"\n" +
@@ -877,7 +914,7 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\brevision\x18\x06 \x01(\x03R\brevision\x12\x14\n" +
 	"\x05lease\x18\a \x01(\x03R\x05lease\x12\x12\n" +
 	"\x04gone\x18\b \x01(\bR\x04gone\x12\x16\n" +
-	"\x06reason\x18\t \x01(\tR\x06reason\"\x9c\x02\n" +
+	"\x06reason\x18\t \x01(\tR\x06reason\"\xfe\x02\n" +
 	"\tVipReport\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12)\n" +
 	"\x06record\x18\x02 \x01(\v2\x11.hamesh.v1.RecordR\x06record\x12\x16\n" +
@@ -887,7 +924,12 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06grants\x18\x06 \x03(\v2\x10.hamesh.v1.GrantR\x06grants\x12 \n" +
 	"\x03ask\x18\a \x01(\v2\x0e.hamesh.v1.AskR\x03ask\x12\x1a\n" +
 	"\battempts\x18\b \x03(\x04R\battempts\x12\x12\n" +
-	"\x04held\x18\t \x01(\bR\x04held\";\n" +
+	"\x04held\x18\t \x01(\bR\x04held\x12\x14\n" +
+	"\x05keeps\x18\n" +
+	" \x01(\bR\x05keeps\x12)\n" +
+	"\x10kept_connections\x18\v \x01(\rR\x0fkeptConnections\x12\x1f\n" +
+	"\vforwards_to\x18\f \x01(\tR\n" +
+	"forwardsTo\";\n" +
 	"\x03Ask\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\x04R\aattempt\"f\n" +

@@ -1,0 +1,326 @@
+package agent
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/hamesh/hamesh/agent/handover"
+	"github.com/hamesh/hamesh/agent/ownership"
+)
+
+const (
+	// drainFor is how long connections of a VIP that has moved away are kept at most.
+	drainFor = 15 * time.Minute
+	// drainLook is how often the connections that are left are counted, which costs
+	// milliseconds where there are thousands; chainLook how often the chain is looked at.
+	drainLook = time.Second
+	chainLook = 50 * time.Millisecond
+	// chainMin is how long a forward stays what a move has made it: by then the giver's
+	// heartbeats say that it keeps connections.
+	chainMin = 250 * time.Millisecond
+	// drainMin is how long a drain lasts at least: connections that were being made when
+	// the VIP moved, and news of the drain in heartbeats, have arrived by then.
+	drainMin = time.Second
+	// giveWithin bounds what stands between the decision to take an address off and doing
+	// it: rather lose connections than hold up the withdrawal.
+	giveWithin = 50 * time.Millisecond
+)
+
+// drainer is what handing needs of package handover.
+type drainer interface {
+	Keep(netip.Addr) error
+	Unkeep(netip.Addr) error
+	Forward(addr netip.Addr, ports []uint16, to netip.Addr) error
+	Unforward(netip.Addr) error
+	Established(addr netip.Addr, port uint16) (int, error)
+	Reset(netip.Addr) (int, error)
+}
+
+// handing keeps established connections across planned moves: the giver goes on serving
+// its own, the taker sends it their packets. Whatever fails here costs connections, never
+// the move.
+//
+// After several moves the nodes that still serve connections form a chain: the owner
+// forwards what it does not know to the last giver, that one to the giver before it, and
+// so on. A member leaves the chain when it becomes the owner, has no connection left or
+// dies; whoever forwarded to it then forwards to the one behind it. While they do not all
+// know that yet, packets may go round until their hop limit ends them; that costs a
+// retransmission, where a gap in the chain would cost the connection.
+type handing struct {
+	self    string
+	kernel  drainer // nil: this kernel cannot, moves reset connections
+	ports   []uint16
+	address func(vip string) netip.Addr
+	member  func(name string) netip.Addr
+	// peer says whether another member serves connections of the VIP that it gave away,
+	// and whom it forwards others to, or did before it became the owner.
+	peer func(name, vip string) (keeps bool, next string)
+	log  hclog.Logger
+
+	vips map[string]*handed // every VIP; the map itself never changes
+
+	mu sync.Mutex // held while the kernel is asked
+}
+
+// handed is one VIP's drains.
+type handed struct {
+	keptSince time.Time // zero: nothing is kept here
+	// told is how many connections were kept when last counted, for heartbeats; -1: none
+	// are kept. It is read by the ownership loop, which must not wait for mu.
+	told      atomic.Int64
+	from      string // member to which unknown packets are forwarded; empty: none
+	fromSince time.Time
+	toldFrom  atomic.Pointer[string] // from, for heartbeats
+}
+
+// behind follows the chain from a member to the first one that serves connections and is
+// neither the owner nor this node; empty: there is none.
+func (h *handing) behind(vip, member, owner string) string {
+	seen := map[string]bool{"": true, h.self: true}
+	for !seen[member] {
+		seen[member] = true
+		keeps, next := h.peer(member, vip)
+		if keeps && member != owner {
+			return member
+		}
+		member = next
+	}
+	return ""
+}
+
+// forward sends unknown packets to a member from now on; to nobody if it is empty.
+func (h *handing) forward(vip string, v *handed, to string) {
+	if to == v.from {
+		return
+	}
+	var err error
+	if to == "" {
+		err = h.kernel.Unforward(h.address(vip))
+	} else {
+		err = h.kernel.Forward(h.address(vip), h.ports, h.member(to))
+	}
+	if err != nil {
+		h.log.Warn("could not change where unknown connections go", "vip", vip, "peer", to, "error", err)
+		return
+	}
+	v.from, v.fromSince = to, time.Now()
+	v.toldFrom.Store(&to)
+}
+
+// give prepares for the address to be taken off because it goes to another member.
+func (h *handing) give(hold ownership.Hold) {
+	if h.kernel == nil || !hold.Planned {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		v, addr := h.vips[hold.VIP], h.address(hold.VIP)
+		// Where this node forwards to the taker, it goes on to for a moment: until the
+		// segment has learned where the VIP is now, packets of the taker's connections
+		// come here.
+		if err := h.kernel.Keep(addr); err != nil {
+			h.log.Warn("connections will not survive this move", "vip", hold.VIP, "error", err)
+			return
+		}
+		v.keptSince = time.Now()
+		v.told.Store(0)
+	}()
+	select {
+	case <-done:
+	case <-time.After(giveWithin):
+		h.log.Warn("preparing to keep connections takes too long; the address goes first", "vip", hold.VIP)
+	}
+}
+
+// take prepares for the address to be put on.
+func (h *handing) take(hold ownership.Hold) {
+	if h.kernel == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	// Taken from nobody, or from a dead one: what is unknown here is to be reset.
+	h.forward(hold.VIP, h.vips[hold.VIP], hold.Peer)
+}
+
+// held ends what was kept of an address that is back on its interface.
+func (h *handing) held(vip string) {
+	if h.kernel == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.unkeep(vip, h.vips[vip])
+}
+
+func (h *handing) unkeep(vip string, v *handed) {
+	if v.keptSince.IsZero() {
+		return
+	}
+	if err := h.kernel.Unkeep(h.address(vip)); err != nil {
+		h.log.Warn("could not end a drain", "vip", vip, "error", err)
+		return // tried again
+	}
+	v.keptSince = time.Time{}
+	v.told.Store(-1)
+}
+
+// keeps says whether connections of a VIP that moved away are still served here, how many
+// when they were last counted, and where unknown ones go. It does not block.
+func (h *handing) keeps(vip string) (keeps bool, n int, forwardsTo string) {
+	told := h.vips[vip].told.Load()
+	return told >= 0, int(max(told, 0)), *h.vips[vip].toldFrom.Load()
+}
+
+// run ends drains that are over, until ctx ends.
+func (h *handing) run(ctx context.Context, owner func(vip string) string) error {
+	if h.kernel == nil {
+		return nil
+	}
+	count, chain := time.NewTicker(drainLook), time.NewTicker(chainLook)
+	defer count.Stop()
+	defer chain.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-count.C:
+			h.each(func(vip string, v *handed) {
+				if !v.keptSince.IsZero() {
+					h.lookKept(vip, v)
+				}
+			})
+		case <-chain.C:
+			h.each(func(vip string, v *handed) {
+				if v.from != "" && time.Since(v.fromSince) >= chainMin {
+					h.forward(vip, v, h.behind(vip, v.from, owner(vip)))
+				}
+			})
+		}
+	}
+}
+
+func (h *handing) each(look func(vip string, v *handed)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for vip, v := range h.vips {
+		look(vip, v)
+	}
+}
+
+func (h *handing) lookKept(vip string, v *handed) {
+	addr := h.address(vip)
+	n := 0
+	for _, port := range h.ports {
+		found, err := h.kernel.Established(addr, port)
+		if err != nil {
+			h.log.Debug("could not count the connections that are left", "vip", vip, "error", err)
+			n = 1 // at least until the deadline
+			break
+		}
+		n += found
+	}
+	v.told.Store(int64(n))
+	switch age := time.Since(v.keptSince); {
+	case age < drainMin:
+	case n == 0:
+		h.log.Info("every connection of a moved VIP has ended", "vip", vip)
+		h.unkeep(vip, v)
+	case age > drainFor:
+		if reset, err := h.kernel.Reset(addr); err != nil {
+			h.log.Warn("could not reset what is left of a drain", "vip", vip, "error", err)
+		} else {
+			h.log.Info("drain deadline: reset what was left", "vip", vip, "connections", reset)
+		}
+		h.unkeep(vip, v)
+	}
+}
+
+// died leaves out a member that has fallen silent: its connections are dead, and a reset
+// tells their clients so at their next packet.
+func (h *handing) died(member string, owner func(vip string) string) {
+	if h.kernel == nil {
+		return
+	}
+	h.each(func(vip string, v *handed) {
+		if v.from == member {
+			h.forward(vip, v, h.behind(vip, member, owner(vip)))
+		}
+	})
+}
+
+// openHanding connects to the kernel and sweeps; a kernel that cannot do it is no error.
+func (a *Agent) openHanding() {
+	h := &handing{
+		self: a.cfg.Node.Name, log: a.log.Named("handover"), vips: map[string]*handed{},
+		address: func(vip string) netip.Addr { return a.vip(vip).Address },
+		member: func(name string) netip.Addr {
+			for _, m := range a.cfg.Members {
+				if m.Name == name {
+					return m.Address
+				}
+			}
+			return netip.Addr{}
+		},
+		peer: a.keptBy,
+	}
+	for _, v := range a.cfg.VIPs {
+		h.vips[v.Name] = &handed{}
+		h.vips[v.Name].told.Store(-1)
+		h.vips[v.Name].toldFrom.Store(new(string))
+	}
+	a.handing = h
+	for _, p := range a.cfg.Proxies {
+		h.ports = append(h.ports, p.Port)
+	}
+	if len(a.managed) == 0 || len(h.ports) == 0 {
+		return
+	}
+	config := handover.Config{Log: h.log}
+	for _, m := range a.managed {
+		config.Managed = append(config.Managed, handover.Address{VIP: m.VIP, Addr: m.Addr, Interface: m.Interface})
+	}
+	k, err := handover.Open(config)
+	if err == nil {
+		err = k.Sweep()
+	}
+	if err != nil {
+		h.log.Warn("moves of VIPs will reset established connections", "error", err)
+		return
+	}
+	h.kernel = k
+	a.closers = append(a.closers, func() {
+		if err := k.Sweep(); err != nil {
+			h.log.Warn("could not sweep", "error", err)
+		}
+		k.Close()
+	})
+}
+
+// keptBy says whether a member serves connections of a VIP that it gave away, and whom it
+// forwarded others to when it last was not the holder. A dead one serves none.
+func (a *Agent) keptBy(name, vip string) (keeps bool, next string) {
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	for _, v := range a.board.peers[name].GetVips() {
+		if v.GetName() == vip {
+			keeps = v.GetKeeps() && !a.board.silent[name]
+		}
+	}
+	return keeps, a.board.next[name+"/"+vip]
+}
+
+// ownerOf is the owner of a VIP as this agent last knew it.
+func (a *Agent) ownerOf(vip string) string {
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	return a.board.owners[vip].owner
+}
