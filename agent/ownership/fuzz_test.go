@@ -2,6 +2,8 @@ package ownership
 
 import (
 	"math/rand/v2"
+	"reflect"
+	"slices"
 	"testing"
 	"time"
 )
@@ -156,4 +158,51 @@ func (b *fuzzBytes) event(now Instant) Event {
 		return Foreign{VIP: b.vip(), Member: b.member(), Announcement: b.bool()}
 	}
 	return Tick{}
+}
+
+// TestSameSeesEveryField checks that a change of any field of a heartbeat is noticed.
+func TestSameSeesEveryField(t *testing.T) {
+	base := Heartbeat{VIPs: []Report{{}}}
+	differs := func(name string, b Heartbeat) {
+		t.Helper()
+		if b.same(base) {
+			t.Errorf("a change of %s is not noticed", name)
+		}
+	}
+	set := func(f reflect.Value) {
+		switch f.Kind() {
+		case reflect.Bool:
+			f.SetBool(true)
+		case reflect.String:
+			f.SetString("x")
+		case reflect.Int, reflect.Int64:
+			f.SetInt(1)
+		case reflect.Uint64:
+			f.SetUint(1)
+		case reflect.Slice:
+			f.Set(reflect.MakeSlice(f.Type(), 1, 1))
+		case reflect.Struct:
+			for i := range f.NumField() {
+				if g := f.Field(i); g.Kind() == reflect.Uint64 || g.Kind() == reflect.Int64 {
+					g.Set(reflect.ValueOf(1).Convert(g.Type()))
+				}
+			}
+		default:
+			t.Fatalf("cannot change a %v", f.Kind())
+		}
+	}
+	for i := range reflect.TypeFor[Heartbeat]().NumField() {
+		name := reflect.TypeFor[Heartbeat]().Field(i).Name
+		if slices.Contains([]string{"Seq", "AckBoot", "AckSeq", "VIPs"}, name) {
+			continue
+		}
+		b := base
+		set(reflect.ValueOf(&b).Elem().Field(i))
+		differs(name, b)
+	}
+	for i := range reflect.TypeFor[Report]().NumField() {
+		b := Heartbeat{VIPs: []Report{{}}}
+		set(reflect.ValueOf(&b.VIPs[0]).Elem().Field(i))
+		differs(reflect.TypeFor[Report]().Field(i).Name, b)
+	}
 }

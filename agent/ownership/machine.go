@@ -3,7 +3,6 @@ package ownership
 import (
 	"fmt"
 	"math"
-	"reflect"
 	"slices"
 	"time"
 )
@@ -413,7 +412,7 @@ func (m *Machine) change(v *vip, text string) {
 // ack that is owed.
 func (m *Machine) speak(now Instant, ack *HeartbeatReceived) {
 	beat := m.heartbeat()
-	if now.Sub(m.lastBeatAt) >= m.cfg.Timing.Heartbeat || !reflect.DeepEqual(beat, m.lastBeat) {
+	if now.Sub(m.lastBeatAt) >= m.cfg.Timing.Heartbeat || !beat.same(m.lastBeat) {
 		m.lastBeat, m.lastBeatAt = beat, now
 		b := beat
 		m.seq++
@@ -461,13 +460,15 @@ func (m *Machine) finish(now Instant) {
 			wake = at
 		}
 	}
-	m.out.Silent = map[string]Instant{}
 	for _, p := range m.peers {
 		if m.heardWithin(now, p, t.SuspectAfter) {
 			soonest(p.heardAt.Add(t.SuspectAfter))
-		} else {
-			m.out.Silent[p.Name] = p.heardAt
+			continue
 		}
+		if m.out.Silent == nil {
+			m.out.Silent = map[string]Instant{}
+		}
+		m.out.Silent[p.Name] = p.heardAt
 	}
 	stopped := m.stopping
 	for _, v := range m.vips {
@@ -484,12 +485,15 @@ func (m *Machine) finish(now Instant) {
 			soonest(v.until - Instant(t.HoldWindow/3))
 		}
 		soonest(v.lastRewrite.Add(t.HoldWindow / 3))
-		soonest(m.quietSince(v, m.cfg.Self).Add(t.SuspectAfter))
-		for _, p := range m.peers {
-			soonest(m.quietSince(v, p.Name).Add(t.SuspectAfter))
-		}
-		if !v.claims {
+		if quiet := m.quietSince(v, m.cfg.Self).Add(t.SuspectAfter); quiet > now {
+			soonest(quiet)
+		} else if !v.claims {
 			soonest(m.turn(now, v))
+		}
+		for _, p := range m.peers {
+			if r, _ := p.report(v.Name); r.Ask.Attempt != 0 {
+				soonest(m.quietSince(v, p.Name).Add(t.SuspectAfter))
+			}
 		}
 		soonest(v.recSince.Add(t.SuspectAfter))
 		soonest(v.nextAuto)

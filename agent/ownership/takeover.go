@@ -116,6 +116,9 @@ func (m *Machine) ranking(now Instant, v *vip) []string {
 
 // campaign begins an attempt to take over, or gives one up.
 func (m *Machine) campaign(now Instant, v *vip) {
+	if v.ask.Attempt == 0 && now < m.quietSince(v, m.cfg.Self).Add(m.cfg.Timing.SuspectAfter) {
+		return // the usual case, decided without ranking anybody
+	}
 	may := m.ready && v.known && m.lease != 0 && (m.storeAnswers(now) || m.faults.has(silentStoreAsks)) && !m.stopping && !v.claims && v.right == NoRight &&
 		// A record that is mine is written again, not taken over; unless the former
 		// owner's word is missing, or it is gone and nobody confirms me.

@@ -2,6 +2,7 @@ package ownership
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -177,6 +178,18 @@ type Report struct {
 	Grants   []Grant  // all of its own that stand
 	Ask      Ask      // what it wants; zero: nothing
 	Attempts []uint64 // its attempts that may still change the record; grants for others are void
+}
+
+// same reports whether two heartbeats say the same; sequence numbers aside.
+func (b Heartbeat) same(o Heartbeat) bool {
+	if b.Member != o.Member || b.Boot != o.Boot || b.Ready != o.Ready || b.Eligible != o.Eligible ||
+		b.Witness != o.Witness || b.Priority != o.Priority || b.Lease != o.Lease {
+		return false
+	}
+	return slices.EqualFunc(b.VIPs, o.VIPs, func(r, p Report) bool {
+		return r.VIP == p.VIP && r.Record == p.Record && r.Claims == p.Claims && r.Holds == p.Holds && r.Held == p.Held &&
+			r.Right == p.Right && r.Ask == p.Ask && slices.Equal(r.Grants, p.Grants) && slices.Equal(r.Attempts, p.Attempts)
+	})
 }
 
 // Ask is a candidate's wish to replace one revision of a record.

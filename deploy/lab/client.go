@@ -71,7 +71,7 @@ func newClient(m *Mesh) (*Client, error) {
 }
 
 func (c *Client) close() error {
-	return errors.Join(c.Host.killAll(), c.Host.Close())
+	return errors.Join(c.Host.killAll(0), c.Host.Close())
 }
 
 // order is what the client process is started with.

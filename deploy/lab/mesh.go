@@ -38,8 +38,10 @@ type Options struct {
 	Timing    string // timing profile; empty: default
 	Clients   int    // source addresses of the client; 0: 20, at most 250
 
-	External []string                                       // endpoints (http) of an external store; none: embedded etcd
-	TLS      func(node string, a netip.Addr) (Files, error) // certificates for each agent; nil: insecure
+	ExternalStore bool // three etcd members on a host of their own: Mesh.Store
+	Agentless     bool // no agent is started, for what is measured beside hamesh
+
+	TLS func(node string, a netip.Addr) (Files, error) // certificates for each agent; nil: insecure
 
 	// Edit may change a node's configuration before it is written; nil: as it is.
 	// The maps and lists are those of the YAML file.
@@ -55,10 +57,13 @@ type Mesh struct {
 	Switch   *Switch
 	Nodes    []*Node
 	Client   *Client
+	Store    *Store // nil: embedded in the agents
 	Recorder *Recorder
 
-	options Options
-	dir     string
+	options  Options
+	dir      string
+	stations []interface{ close() error } // what else is on the switch
+	stranger *station
 }
 
 // NewMesh makes the network, starts every API server and every agent, and returns
@@ -113,6 +118,17 @@ func (m *Mesh) start() (err error) {
 		}
 	}
 	m.Recorder = record(vip, m.Nodes)
+	if m.options.ExternalStore {
+		if m.Store, err = newStore(m); err != nil {
+			return err
+		}
+		if err := m.Store.Start(); err != nil {
+			return err
+		}
+	}
+	if m.options.Agentless {
+		return nil
+	}
 	for _, n := range m.Nodes {
 		if err := n.StartAgent(); err != nil {
 			return err
@@ -149,6 +165,10 @@ func (m *Mesh) Close() error {
 		errs = append(errs, m.Recorder.stop())
 		m.Recorder = nil
 	}
+	for _, s := range m.stations {
+		errs = append(errs, s.close())
+	}
+	m.stations = nil
 	if m.Client != nil {
 		errs = append(errs, m.Client.close())
 		m.Client = nil
@@ -157,6 +177,10 @@ func (m *Mesh) Close() error {
 		errs = append(errs, n.PowerOff(), n.races())
 	}
 	m.Nodes = nil
+	if m.Store != nil {
+		errs = append(errs, m.Store.close())
+		m.Store = nil
+	}
 	if m.Switch != nil {
 		errs = append(errs, m.Switch.Close())
 		m.Switch = nil
@@ -170,7 +194,7 @@ func (m *Mesh) Close() error {
 
 // races finds what the race detector has written to the agent's log.
 func (n *Node) races() error {
-	b, err := os.ReadFile(n.agentLog())
+	b, err := os.ReadFile(n.LogFile())
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -217,8 +241,8 @@ func (m *Mesh) config(n *Node) (map[string]any, error) {
 		"metrics": object{"listen": "127.0.0.1:7444"},
 		"log":     object{"level": "debug", "format": "text"},
 	}
-	if len(m.options.External) > 0 {
-		config["store"] = object{"external": object{"endpoints": m.options.External, "prefix": "/hamesh"}}
+	if m.Store != nil {
+		config["store"] = object{"external": object{"endpoints": m.Store.Endpoints(), "prefix": "/hamesh"}}
 	}
 	if m.options.TLS != nil {
 		files, err := m.options.TLS(n.Name, n.Address)

@@ -63,10 +63,7 @@ func (n *Node) plug() error {
 	if err != nil {
 		return err
 	}
-	// The same after PowerOff and PowerOn, as a machine's is; 02 is "locally administered".
-	a := n.Address.As4()
-	mac := net.HardwareAddr{0x02, 0x00, a[0], a[1], a[2], a[3]}
-	port, err := n.mesh.Switch.attach(host, hostInterface, mac, []netip.Prefix{netip.PrefixFrom(n.Address, subnetBits)})
+	port, err := n.mesh.Switch.attach(host, hostInterface, n.mac(), []netip.Prefix{netip.PrefixFrom(n.Address, subnetBits)})
 	if err != nil {
 		return errors.Join(fmt.Errorf("connect %s: %w", n.Name, err), host.Close())
 	}
@@ -74,6 +71,12 @@ func (n *Node) plug() error {
 	defer n.mu.Unlock()
 	n.host, n.port = host, port
 	return nil
+}
+
+// mac is the same after PowerOff and PowerOn, as a machine's is; 02 is "locally administered".
+func (n *Node) mac() net.HardwareAddr {
+	a := n.Address.As4()
+	return net.HardwareAddr{0x02, 0x00, a[0], a[1], a[2], a[3]}
 }
 
 // Host is the node's network: another one after each PowerOn, nil while it is off.
@@ -91,11 +94,13 @@ func (n *Node) Port() *Port {
 }
 
 func (n *Node) socket() string     { return filepath.Join(n.dir, "hameshd.sock") }
-func (n *Node) agentLog() string   { return filepath.Join(n.dir, "agent.log") }
 func (n *Node) configFile() string { return filepath.Join(n.dir, "agent.yaml") }
 
+// LogFile is where the agent's log is, over all its lives.
+func (n *Node) LogFile() string { return filepath.Join(n.dir, "agent.log") }
+
 // Log returns the end of the agent's log, over all its lives.
-func (n *Node) Log() string { return tail(n.agentLog()) }
+func (n *Node) Log() string { return tail(n.LogFile()) }
 
 // StartAgent writes the node's configuration and starts its agent. A running one stays.
 func (n *Node) StartAgent() error {
@@ -119,7 +124,7 @@ func (n *Node) StartAgent() error {
 	if err := os.WriteFile(n.configFile(), b, 0o600); err != nil {
 		return fmt.Errorf("write the configuration of %s: %w", n.Name, err)
 	}
-	p, err := launch(host, Command(roleAgent, "--config", n.configFile()), n.agentLog())
+	p, err := launch(host, Command(roleAgent, "--config", n.configFile()), n.LogFile())
 	if err != nil {
 		return err
 	}
@@ -143,6 +148,24 @@ func (n *Node) StopAgent() error {
 
 // KillAgent ends the agent's process, and it alone, by SIGKILL.
 func (n *Node) KillAgent() error { return n.process().end(unix.SIGKILL) }
+
+// KillAll ends every process of the node but its API server by SIGKILL, at once: none
+// sees another one's end. That is the agent with whatever it has started, or what runs
+// in its place.
+func (n *Node) KillAll() error {
+	host := n.Host()
+	if host == nil {
+		return nil
+	}
+	spared := 0
+	if p := n.API.running(); p.running() {
+		spared = p.cmd.Process.Pid
+	}
+	if err := errors.Join(host.signalAll(unix.SIGSTOP, spared), host.killAll(spared)); err != nil {
+		return err
+	}
+	return n.process().end(unix.SIGKILL)
+}
 
 // Freeze stops the agent's process (SIGSTOP): its kernel goes on without it.
 func (n *Node) Freeze() error { return n.process().signal(unix.SIGSTOP) }
@@ -171,7 +194,7 @@ func (n *Node) PowerOff() error {
 	n.mu.Lock()
 	n.host, n.port = nil, nil
 	n.mu.Unlock()
-	err = errors.Join(err, host.killAll(), agent.end(unix.SIGKILL), n.API.Kill(), port.remove(), host.Close())
+	err = errors.Join(err, host.killAll(0), agent.end(unix.SIGKILL), n.API.Kill(), port.remove(), host.Close())
 	if err != nil {
 		return fmt.Errorf("power %s off: %w", n.Name, err)
 	}
@@ -187,6 +210,21 @@ func (n *Node) PowerOn() error {
 		return fmt.Errorf("power %s on: %w", n.Name, err)
 	}
 	return errors.Join(n.API.Start(), n.StartAgent())
+}
+
+// DeleteAddress takes an address off the node's interface by hand, as an operator or
+// another daemon would. One that is not there is fine.
+func (n *Node) DeleteAddress(address netip.Addr) error {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	if n.host == nil {
+		return nil
+	}
+	err := n.host.DeleteAddress(hostInterface, netip.PrefixFrom(address, address.BitLen()))
+	if errors.Is(err, unix.EADDRNOTAVAIL) {
+		return nil
+	}
+	return err
 }
 
 // Has reports whether the node's kernel has the address on some interface. A node

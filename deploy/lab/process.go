@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -119,25 +120,40 @@ func tail(path string) string {
 	return string(b)
 }
 
-// killAll kills every process in the host's network and waits until none is left, so
-// that also what a process of the lab has started itself is gone.
-func (h *Host) killAll() error {
+// killAll kills every process in the host's network but the spared one (0: none) and
+// waits until none is left, so that also what a process of the lab has started itself
+// is gone.
+func (h *Host) killAll(spared int) error {
 	deadline := time.Now().Add(patience)
 	for {
-		pids, err := h.processes()
+		pids, err := h.others(spared)
 		if err != nil || len(pids) == 0 {
 			return err
 		}
 		if time.Now().After(deadline) {
 			return fmt.Errorf("processes %v on %s survive SIGKILL", pids, h.Name)
 		}
-		for _, pid := range pids {
-			if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
-				return fmt.Errorf("kill process %d on %s: %w", pid, h.Name, err)
-			}
+		if err := h.signalAll(unix.SIGKILL, spared); err != nil {
+			return err
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// signalAll signals every process in the host's network but the spared one (0: none).
+func (h *Host) signalAll(s unix.Signal, spared int) error {
+	pids, err := h.others(spared)
+	for _, pid := range pids {
+		if err := unix.Kill(pid, s); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("signal process %d on %s: %w", pid, h.Name, err)
+		}
+	}
+	return err
+}
+
+func (h *Host) others(spared int) ([]int, error) {
+	pids, err := h.processes()
+	return slices.DeleteFunc(pids, func(pid int) bool { return pid == spared }), err
 }
 
 // processes lists the living processes in the host's network.
