@@ -22,7 +22,7 @@ var mayImport = map[string]struct {
 	why      string
 }{
 	"agent":                 {[]string{"agent/*", "agent/proxy/*", "gen/*", "server"}, "the composition root: where everything meets"},
-	"agent/guard":           {[]string{"agent/credentials", "agent/vip", "gen/*"}, "a process of its own, with little in it"},
+	"agent/guard":           {[]string{"agent/credentials", "agent/handover", "agent/vip", "gen/*"}, "a process of its own, with little in it"},
 	"agent/hameshd":         {[]string{"agent"}, "flags, signals and logs are agent.Main's"},
 	"agent/peer":            {[]string{"gen/*"}, "speaks the wire's language; what it says is the agent's business"},
 	"agent/probe":           {[]string{"agent/health"}, "its results are health's values"},

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/hamesh/hamesh/agent/credentials"
+	"github.com/hamesh/hamesh/agent/handover"
 	"github.com/hamesh/hamesh/agent/vip"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
@@ -115,11 +116,32 @@ func stand(o orders, in *os.File, log hclog.Logger) error {
 	_ = syscall.Close(lockFD)
 	// Nothing is logged before the word is out, for that may block.
 	untold := tell(o, client, &hameshv1.WithdrawnRequest{Member: o.Member, Boot: o.Boot, Vips: gone})
+	sweepDrains(o, log)
 	log.Warn("the agent has ended: its VIPs were taken off", "vips", gone, "boot", o.Boot)
 	if untold != nil {
 		log.Warn("not everybody has heard it", "error", untold)
 	}
 	return err
+}
+
+// sweepDrains takes away what the agent had set up for connections that outlive a move:
+// they have died with it.
+func sweepDrains(o orders, log hclog.Logger) {
+	config := handover.Config{Log: log}
+	for _, v := range o.VIPs {
+		config.Managed = append(config.Managed, handover.Address{VIP: v.VIP, Addr: v.Addr, Interface: v.Interface})
+	}
+	kernel, err := handover.Open(config)
+	if errors.Is(err, handover.ErrUnsupported) {
+		return // then the agent has set up nothing
+	}
+	if err == nil {
+		err = kernel.Sweep()
+		kernel.Close()
+	}
+	if err != nil {
+		log.Warn("could not sweep the drains", "error", err)
+	}
 }
 
 // ending is why a guard stops watching.
