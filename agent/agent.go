@@ -341,7 +341,9 @@ func (a *Agent) Run(ctx context.Context) error {
 // task runs one long-lived part under the group; its error names it.
 func (a *Agent) task(name string, run func(context.Context) error) {
 	a.group.Go(func() error {
-		if err := run(a.ctx); err != nil {
+		err := run(a.ctx)
+		a.log.Debug("task ended", "task", name)
+		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 		return nil

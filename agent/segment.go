@@ -10,6 +10,7 @@ import (
 
 	"github.com/hamesh/hamesh/agent/announce"
 	"github.com/hamesh/hamesh/agent/ownership"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
 const (
@@ -82,12 +83,16 @@ func (s *segment) heard(ctx context.Context, f announce.Foreign) {
 	}
 }
 
-// contends says whether a frame comes from somebody else than the owner: a stranger, or a
-// member that is not known to own the VIP, while this node owns it.
+// contends says whether a frame comes from somebody who should not speak for the VIP: a
+// member, while this node holds the VIP by right; or a stranger, which nobody is called
+// before every member has told its link-layer addresses.
 func (s *segment) contends(view ownership.View, vip, member string) bool {
+	if member == "" {
+		return s.agent.knowsEveryMAC()
+	}
 	for _, v := range view.VIPs {
 		if v.Name == vip {
-			return member == "" || (v.Record.Owner == s.agent.cfg.Node.Name && member != v.Record.Owner)
+			return v.Record.Owner == s.agent.cfg.Node.Name && v.Right != ownership.NoRight
 		}
 	}
 	return false
@@ -149,6 +154,20 @@ func (a *Agent) memberOf(mac net.HardwareAddr) string {
 		}
 	}
 	return ""
+}
+
+// knowsEveryMAC says whether every other member that may hold a VIP has told its
+// link-layer addresses.
+func (a *Agent) knowsEveryMAC() bool {
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	for _, m := range a.cfg.Members {
+		h := a.board.peers[m.Name]
+		if m.Name != a.cfg.Node.Name && (h == nil || (len(h.GetMacs()) == 0 && h.GetRole() != hameshv1.Role_ROLE_WITNESS)) {
+			return false
+		}
+	}
+	return true
 }
 
 // readMACs notes the link-layer addresses of the VIPs' interfaces, for the heartbeats.

@@ -157,7 +157,7 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 		if v.Stranger != "" {
 			problem("VIP_IN_USE", v.Stranger+" has "+vip.Address+" already, so nobody takes "+v.Name, "take the address off that machine, or choose another one")
 		}
-		if c, recent := a.segment.conflict(v.Name); recent {
+		if c, recent := a.segment.conflict(v.Name); recent && (c.member == "" || c.member != v.Record.Owner) {
 			who := "a stranger"
 			if c.member != "" {
 				who = c.member

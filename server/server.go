@@ -25,7 +25,7 @@ import (
 const (
 	maxMessage = 4 << 20 // bytes
 	// stopGrace is how long calls may still run once the server is told to stop.
-	stopGrace = 2 * time.Second
+	stopGrace = 250 * time.Millisecond
 	// watchInterval is the shortest time between two messages of one WatchStatus.
 	watchInterval = 50 * time.Millisecond
 )
