@@ -129,15 +129,23 @@ func startEtcd(ctx context.Context, ec *embed.Config, died <-chan string) (*embe
 	return r.etcd, r.err
 }
 
+// electionOf is etcd's election time-out: as short as the mesh's own suspicion, within
+// what etcd bears on a busy machine.
+func electionOf(cfg Config) time.Duration {
+	return min(max(cfg.Election, 200*time.Millisecond), time.Second)
+}
+
 func etcdConfig(cfg Config, dir string) *embed.Config {
 	e := cfg.Embedded
 	ec := embed.NewConfig()
 	ec.Name = cfg.Member
 	ec.Dir = dir
 
-	// The least lease TTL etcd grants is ceil(1.5 × election): 1 s here.
-	ec.TickMs = 50
-	ec.ElectionMs = 500
+	// The least lease TTL etcd grants is ceil(1.5 × election): no more than 2 s, the
+	// smallest there is. Where the owner of a VIP and etcd's leader die at once, taking
+	// over waits for this, drawn by etcd from one to two elections.
+	ec.ElectionMs = uint(electionOf(cfg).Milliseconds())
+	ec.TickMs = ec.ElectionMs / 10
 	ec.PreVote = true
 	ec.StrictReconfigCheck = true
 

@@ -12,17 +12,16 @@ import (
 
 const (
 	roleBurner  = "burner"
-	perCPU      = 2 // burners
-	longestBurn = 30 * time.Second
+	longestBurn = 15 * time.Minute
 )
 
 func init() { Role(roleBurner, serveBurner) }
 
-// Burn keeps every processor of this machine busy, with two processes each, for at most
-// 30 s. They end by themselves; Burn returns at once.
-func (m *Mesh) Burn(length time.Duration) error {
-	if length > longestBurn {
-		return fmt.Errorf("burn processors for %s: at most %s", length, longestBurn)
+// Burn keeps every processor of this machine busy, with some processes each, for at most
+// 15 min. They end by themselves, and with the mesh; Burn returns at once.
+func (m *Mesh) Burn(perCPU int, length time.Duration) error {
+	if length > longestBurn || perCPU < 1 || perCPU > 8 {
+		return fmt.Errorf("burn processors with %d processes each for %s: at most 8 for %s", perCPU, length, longestBurn)
 	}
 	for range perCPU * runtime.NumCPU() {
 		if _, err := launch(m.Client.Host, Command(roleBurner, length.String()), filepath.Join(m.dir, "burner.log")); err != nil {

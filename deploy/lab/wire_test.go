@@ -80,14 +80,14 @@ func TestBurnEnds(t *testing.T) {
 	_, err := m.WaitOwner(soon)
 	must(t, err)
 	before := len(processes(t))
-	must(t, m.Burn(100*time.Millisecond))
+	must(t, m.Burn(2, 100*time.Millisecond))
 	must(t, lab.Await(soon, func() error {
 		if n := len(processes(t)); n > before {
 			return fmt.Errorf("%d processes more", n-before)
 		}
 		return nil
 	}))
-	if m.Burn(time.Hour) == nil {
+	if m.Burn(2, time.Hour) == nil {
 		t.Error("burns for an hour")
 	}
 }

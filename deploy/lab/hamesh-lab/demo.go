@@ -20,6 +20,9 @@ const (
 	ready  = 30 * time.Second // for a mesh to become healthy, etcd's start included
 	settle = 2 * time.Second  // after each step, so that what comes late is seen too
 	outage = 8 * time.Second  // of the store: more than two lease TTLs
+
+	// busy is the longest gap that a busy machine alone may cause.
+	busy = 500 * time.Millisecond
 )
 
 // limits are what a step may cost a client at most.
@@ -64,12 +67,12 @@ var steps = []step{
 	{
 		name:   "nothing happens",
 		do:     func(*scene) error { time.Sleep(settle); return nil },
-		expect: limits{gap: 150 * time.Millisecond},
+		expect: limits{gap: busy},
 	},
 	{
 		name:   "the VIP is moved",
 		do:     (*scene).move,
-		expect: limits{gap: 500 * time.Millisecond, failed: requestRate / 2, broken: streams, moves: 1},
+		expect: limits{gap: busy, moves: 1},
 	},
 	{
 		name:   "its owner loses power",
@@ -85,7 +88,7 @@ var steps = []step{
 	{
 		name:   "the owner's agent is killed",
 		do:     (*scene).killAgent,
-		expect: limits{gap: 2 * time.Second, failed: 2 * requestRate, broken: streams, moves: 1},
+		expect: limits{gap: time.Second, failed: requestRate, broken: streams, moves: 1},
 		after:  func(s *scene) error { return s.down.StartAgent() },
 	},
 	{
@@ -97,7 +100,7 @@ var steps = []step{
 	{
 		name:   fmt.Sprintf("the store stops for %s", outage),
 		do:     (*scene).stopStore,
-		expect: limits{gap: 150 * time.Millisecond},
+		expect: limits{gap: busy},
 		after:  func(s *scene) error { return s.undo() },
 	},
 }
@@ -205,9 +208,9 @@ func (o outcome) complaints() []string {
 	if o.failure != nil {
 		return []string{o.failure.Error()}
 	}
-	moves := o.moves()
+	moved := moves(o.holding)
 	check(o.holding.Max > 1, "%d nodes held the VIP at once, for %s", o.holding.Max, round(o.holding.LongestSeveral))
-	check(moves != o.expect.moves, "the holder changed %d times, not %d", moves, o.expect.moves)
+	check(moved != o.expect.moves, "the holder changed %d times, not %d", moved, o.expect.moves)
 	check(o.report.Gap > o.expect.gap, "a gap of %s, more than %s", round(o.report.Gap), o.expect.gap)
 	check(o.report.Failed > o.expect.failed, "%d requests failed, more than %d: %v", o.report.Failed, o.expect.failed, o.report.Errors)
 	check(o.report.Broken > o.expect.broken, "%d streams broke, more than %d: %v", o.report.Broken, o.expect.broken, o.report.Breaks)
@@ -216,9 +219,9 @@ func (o outcome) complaints() []string {
 
 // moves counts how often one node was the only holder after another one had been, an
 // absence or both in between or not.
-func (o outcome) moves() int {
+func moves(h lab.Holding) int {
 	var sole []string
-	for _, span := range o.holding.Spans {
+	for _, span := range h.Spans {
 		if len(span.Holders) == 1 {
 			sole = append(sole, span.Holders[0])
 		}
@@ -288,7 +291,7 @@ func verdict(out io.Writer, outcomes []outcome) error {
 		t.AppendRow(table.Row{
 			o.name, round(o.report.Gap), counted(o.report.Failed, o.report.Errors), o.report.Requests,
 			counted(o.report.Broken, o.report.Breaks), round(o.report.Silence),
-			fmt.Sprintf("%d…%d", o.holding.Min, o.holding.Max), round(o.holding.LongestNone), o.moves(), mark,
+			fmt.Sprintf("%d…%d", o.holding.Min, o.holding.Max), round(o.holding.LongestNone), moves(o.holding), mark,
 		})
 	}
 	t.Render()

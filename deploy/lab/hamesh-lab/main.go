@@ -6,6 +6,7 @@
 //
 //	hamesh-lab demo      plays a fixed row of faults and shows what each cost
 //	hamesh-lab chaos     strikes with random faults, and fails where a promise was broken
+//	hamesh-lab endure    burns the processors, and fails where a VIP moves for that
 //	hamesh-lab failover  measures fail-over, also beside keepalived and HAProxy
 //
 // What it is not: a way to run hamesh for anybody but an onlooker.
@@ -47,12 +48,13 @@ const usage = `usage:
   hamesh-lab demo     [-keep] [-nodes N] [-timing default|fast]
   hamesh-lab chaos    [-duration D] [-seed N] [-nodes N] [-timing default|fast] [-external] [-logs DIR]
   hamesh-lab chaos    -list
+  hamesh-lab endure   [-duration D] [-loops N] [-timing default|fast]
   hamesh-lab failover [-trials N] [-timing default,fast] [-peers] [-out FILE]
 `
 
 func run(args []string, out, complaints io.Writer) int {
 	commands := map[string]func(*flag.FlagSet, []string, io.Writer) (func() error, error){
-		"demo": demoCommand, "chaos": chaosCommand, "failover": failoverCommand,
+		"demo": demoCommand, "chaos": chaosCommand, "endure": endureCommand, "failover": failoverCommand,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		fmt.Fprint(complaints, usage)

@@ -237,7 +237,7 @@ var kinds = []kind{
 		name: "processors busy", least: second, most: 4 * second, store: anyStore,
 		parts: whole("processors"), bound: takeover, why: "a starved holder may lapse and be replaced",
 		begin: func(m *lab.Mesh, _ []*lab.Node, length time.Duration) (func() error, error) {
-			return nothing, m.Burn(length)
+			return nothing, m.Burn(2, length)
 		},
 	},
 	{
