@@ -26,8 +26,11 @@ SEEDS ?= 2000
 sim: ## simulate the ownership protocol: SEEDS=2000
 	go test ./agent/ownership -run TestSimulation -seeds=$(SEEDS) -timeout 0 -v
 
-bench: ## side-by-side benchmarks
-	go test ./agent/ownership ./agent/proxy/... -run '^$$' -bench . -benchmem
+TRIALS ?= 3
+bench: ## side-by-side benchmarks; with keepalived and haproxy where installed: TRIALS=3
+	go test ./agent/proxy/... -run '^$$' -bench . -benchmem
+	go build -o bin/ ./deploy/lab/hamesh-lab
+	bin/hamesh-lab failover -trials $(TRIALS) -timing default,fast $$(command -v keepalived >/dev/null && command -v haproxy >/dev/null && echo -peers)
 
 DURATION ?= 60s
 SEED     ?= 1

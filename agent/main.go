@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/signal"
 
 	"github.com/hashicorp/go-hclog"
@@ -37,6 +38,9 @@ const (
 // Main runs hameshd with the arguments after the program's name and returns its exit
 // status.
 func Main(args []string, stdout, stderr io.Writer) int {
+	if os.Getpid() == 1 {
+		return runAsFirst(args, stdout, stderr)
+	}
 	if len(args) > 0 && args[0] == "guard" { // started by the agent alone
 		return guard.Main(args[1:], stderr)
 	}

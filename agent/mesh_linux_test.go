@@ -669,3 +669,65 @@ func TestStreamsOutliveMoves(t *testing.T) {
 	}
 	never(t, m, from, 50*time.Millisecond)
 }
+
+// TestPartitions cuts the owner off in the ways that fool others: from its peers but not
+// from clients, from one peer alone, and in one direction alone. One node at most holds
+// the address by right, and one does wherever a majority is connected.
+func TestPartitions(t *testing.T) {
+	m := newMesh(t, lab.Options{Clients: 10})
+	for _, c := range []struct {
+		name  string
+		cut   func(owner, a, b *lab.Node) (lift func() error, err error)
+		moves bool // the owner loses the VIP
+	}{
+		{"the owner from its peers, not from clients", func(owner, a, b *lab.Node) (func() error, error) {
+			return m.Switch.Partition(lab.Frames{}, []*lab.Port{owner.Port()}, []*lab.Port{a.Port(), b.Port()})
+		}, true},
+		{"the owner from one peer", func(owner, a, _ *lab.Node) (func() error, error) {
+			return m.Switch.Partition(lab.Frames{}, []*lab.Port{owner.Port()}, []*lab.Port{a.Port()})
+		}, false},
+		{"its peers from each other", func(_, a, b *lab.Node) (func() error, error) {
+			return m.Switch.Partition(lab.Frames{}, []*lab.Port{a.Port()}, []*lab.Port{b.Port()})
+		}, false},
+		{"from the owner to one peer", func(owner, a, _ *lab.Node) (func() error, error) {
+			return m.Switch.Block(owner.Port(), a.Port(), lab.Frames{})
+		}, false},
+		{"from one peer to the owner", func(owner, a, _ *lab.Node) (func() error, error) {
+			return m.Switch.Block(a.Port(), owner.Port(), lab.Frames{})
+		}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			owner := owner(t, m)
+			healthy(t, m)
+			var others []*lab.Node
+			for _, n := range m.Nodes {
+				if n != owner {
+					others = append(others, n)
+				}
+			}
+			from := time.Now()
+			lift, err := c.cut(owner, others[0], others[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(leaseTTL + time.Second)
+			h := m.Recorder.Between(from, time.Now())
+			now := m.Recorder.Now()
+			if err := lift(); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("without a holder for %v; holders %v", h.LongestNone, now)
+			if h.Max > 1 {
+				t.Errorf("%d nodes had the address at once, for %v", h.Max, h.LongestSeveral)
+			}
+			if h.LongestNone > 1500*time.Millisecond {
+				t.Errorf("no node had the address for %v", h.LongestNone)
+			}
+			if len(now) != 1 || (now[0] != owner.Name) != c.moves {
+				t.Errorf("the address is on %v; it was on %s, and should have moved: %v", now, owner.Name, c.moves)
+			}
+			healthy(t, m)
+			never(t, m, from, 1500*time.Millisecond)
+		})
+	}
+}

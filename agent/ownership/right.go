@@ -242,8 +242,12 @@ func (m *Machine) keepRecord(now Instant, v *vip) {
 	case v.move != nil && v.move.unanswered && !v.move.fencing:
 		return // wait for the answer; a time-out becomes a fence
 	case v.move != nil && v.move.fencing:
-	case v.right == NoRight && (v.rec.Gone || v.rec.Lease != m.lease):
-		return // without a right a lost record is not simply written again
+	case v.right == NoRight && !v.claims && (v.rec.Gone || v.rec.Lease != m.lease):
+		// Cut off, a lost record is not simply written again. One that claims must: the
+		// grants that stand against it would keep it from being confirmed, and its claim
+		// everybody else from taking over, for ever. It is safe: the compare proves that
+		// nobody has taken the VIP since, and the new revision voids the grants.
+		return
 	case v.rec.Gone, v.rec.Lease != m.lease, v.rec.Prev != "":
 	case m.byMajority(v).Sub(now) < t.HoldWindow/3:
 	default:

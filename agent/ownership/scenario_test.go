@@ -41,6 +41,12 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// known are seeds that have failed before; what they failed by is in the comments of the
+// rules that mend it.
+var known = []uint64{
+	4402, // a lost record with grants against its last owner, who claims (keepRecord)
+}
+
 // TestSimulation runs random faults against meshes of 1, 2, 3, 5 and 7 members and
 // checks: never two rights at once; and once the faults stop, one holder in bounded time.
 func TestSimulation(t *testing.T) {
@@ -51,6 +57,11 @@ func TestSimulation(t *testing.T) {
 			t.Fatal(err)
 		}
 		return
+	}
+	for _, s := range known {
+		if w, err := runSeed(s, 0, false); err != nil {
+			t.Errorf("seed %d: %v\n%s", s, err, w.conversation())
+		}
 	}
 	var next, simulated, excepted atomic.Uint64
 	var wg sync.WaitGroup
