@@ -99,11 +99,12 @@ type vip struct {
 	until       Instant // the right's deadline
 
 	// As candidate.
-	attempt uint64 // the last one used
-	ask     Ask
-	askedAt Instant
-	swapped bool     // ask's swap has been sent
-	open    []uint64 // attempts whose swap was sent and got no answer
+	attempt   uint64 // the last one used
+	ask       Ask
+	askedAt   Instant
+	swapped   bool // ask's swap has been sent, at swappedAt
+	swappedAt Instant
+	open      []uint64 // attempts whose swap was sent and got no answer
 
 	// The address.
 	on        bool
@@ -313,6 +314,12 @@ func (m *Machine) adopt(now Instant, v *vip, rec Record) {
 
 func (m *Machine) takeSnapshot(now Instant, s StoreSnapshot) {
 	for _, v := range m.vips {
+		// A proposal that was on its way to a store's leader that died is lost, and nobody
+		// says so. A read sent well after it that shows the old revision is reason enough to
+		// begin another attempt; should the first one come through, the second will fail.
+		if v.swapped && s.SentAt.Sub(v.swappedAt) > 2*m.cfg.Timing.StorePoll() {
+			v.ask, v.swapped = Ask{}, false
+		}
 		i := slices.IndexFunc(s.Records, func(r Record) bool { return r.VIP == v.Name })
 		if i >= 0 {
 			m.adopt(now, v, s.Records[i])

@@ -169,7 +169,7 @@ func (m *Machine) swap(now Instant, v *vip) {
 	default:
 		return
 	}
-	v.swapped = true
+	v.swapped, v.swappedAt = true, now
 	if !m.faults.has(sentSwapHandedBack) {
 		v.open = append(v.open, v.ask.Attempt)
 	}
