@@ -213,7 +213,7 @@ func (a *Agent) postGuard(boot uint64, lock *os.File) (err error) {
 func (a *Agent) openStore(boot uint64) (err error) {
 	c := store.Config{
 		Mesh: a.cfg.Mesh, Member: a.cfg.Node.Name, DataDir: a.cfg.DataDir, Boot: boot,
-		Election: a.cfg.Timing.SuspectAfter * 3 / 4,
+		Election: a.cfg.Timing.SuspectAfter * 5 / 8,
 		LeaseTTL: a.cfg.Timing.LeaseTTL, Poll: a.timing().StorePoll(), Now: now, Log: a.log.Named("store"),
 	}
 	for _, m := range a.cfg.Members {

@@ -76,7 +76,7 @@ type Config struct {
 	TLS      *TLSFiles // embedded: nil means no TLS at all
 
 	Boot     uint64        // this start's boot id: higher than that of every earlier start
-	Election time.Duration // embedded: etcd's election time-out, taken into 200 ms to 1 s
+	Election time.Duration // embedded: etcd's election time-out, taken into 100 ms to 1 s
 	LeaseTTL time.Duration // rounded up to whole seconds; embedded etcd grants no less than 1 s
 	Poll     time.Duration // time between reads of all records, at least 50 ms
 
