@@ -68,6 +68,7 @@ type Agent struct {
 	server    *server.Server
 	moves     *moves
 	board     *board
+	hearing   *hearing
 	metrics   *metrics.Metrics
 
 	ctx    context.Context // of every task
@@ -83,8 +84,8 @@ type Agent struct {
 	stopOnce sync.Once
 	changes  chan ownership.Change
 	closers  []func()
-	// clean: nothing of this agent's is left in the kernel or the record, so that the
-	// guard may leave with it. So it is until Run.
+	// clean: every VIP has been handed over or released, and the kernel has none, so that
+	// the guard may leave with this process. So it is until Run.
 	clean bool
 }
 
@@ -93,7 +94,9 @@ type Agent struct {
 func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	a := &Agent{
 		cfg: cfg, log: log, board: newBoard(), links: map[string]*peer.Link{}, noCarrier: map[string]bool{},
-		clean: true, silent: make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
+		clean:   true,
+		hearing: &hearing{newest: map[string]*hameshv1.Heartbeat{}, wake: make(chan struct{}, 1)},
+		silent:  make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
 	}
 	defer func() {
 		if err != nil {
@@ -138,6 +141,7 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	a.loop = &loop{
 		machine: ownership.New(a.ownershipConfig(boot), now()),
 		inputs:  make(chan input),
+		done:    make(chan struct{}),
 		store:   a.store.Events(),
 		beat:    func() { a.beatAt.Store(time.Now().UnixNano()) },
 		effects: effects{
@@ -169,15 +173,17 @@ func (a *Agent) openKernel() (err error) {
 	}
 	a.announcer = announce.New(a.log.Named("announce"), announce.Config{LeaseTTL: a.cfg.Timing.LeaseTTL})
 	a.keeper = newKeeper(a.kernel, a.managed, a.cfg.Timing.LeaseTTL, a.log)
-	a.keeper.report = func(s ownership.AddressState) { a.loop.post(a.ctx, s) }
+	a.keeper.report = func(s ownership.AddressState) {
+		a.loop.post(a.ctx, s)
+		a.board.notify()
+	}
 	a.openHanding()
-	a.keeper.take, a.keeper.give = a.handing.take, a.handing.give
-	a.keeper.onHeld = func(name string, epoch int64) {
-		a.handing.held(name)
+	a.keeper.take, a.keeper.give, a.keeper.held = a.handing.take, a.handing.give, a.handing.held
+	a.keeper.announce = func(name string, epoch int64) {
 		v := a.vip(name)
 		a.announcer.Start(announce.Target{VIP: name, Addr: v.Address, Interface: v.Interface}, epoch)
 	}
-	a.keeper.onGone = a.announcer.Stop
+	a.keeper.silence = a.announcer.Stop
 	return nil
 }
 
@@ -318,6 +324,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.task("segment listener", a.segment.run)
 	}
 	a.task("journal", a.journal)
+	a.task("hearing", func(ctx context.Context) error { return a.hearing.run(ctx, a.heard) })
 	a.task("mourner", a.mourn)
 	for _, l := range a.links {
 		a.task(l.String(), l.Run)
@@ -441,7 +448,7 @@ func (a *Agent) broadcast(b ownership.Heartbeat) {
 
 // complete adds to a heartbeat what is not the ownership protocol's.
 func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
-	h.Version, h.StoreLeader = Version, a.store.Status().Leader
+	h.Version = Version
 	h.Reason, h.Macs = *a.board.reason.Load(), *a.macs.Load()
 	for _, v := range h.GetVips() {
 		keeps, n, to := a.handing.keeps(v.GetName())
@@ -457,7 +464,7 @@ func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
 func (a *Agent) Heartbeat(ctx context.Context, from string, h *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error) {
 	a.metrics.Received.WithLabelValues(from).Inc()
 	reply, ok := a.loop.answer(ctx, ownership.HeartbeatReceived{Heartbeat: fromProto(h)})
-	a.heard(h)
+	a.hearing.put(h)
 	if !ok {
 		return nil, ctx.Err() // an old heartbeat gets no ack
 	}
@@ -474,7 +481,7 @@ func (a *Agent) acked(from string, ack *hameshv1.ExchangeResponse, took time.Dur
 		return
 	}
 	a.loop.post(a.ctx, ownership.HeartbeatReceived{Heartbeat: ackFromProto(ack)})
-	a.heard(ack.GetHeartbeat())
+	a.hearing.put(ack.GetHeartbeat())
 }
 
 // heard takes what a heartbeat says beside the ownership protocol.
@@ -482,6 +489,38 @@ func (a *Agent) heard(h *hameshv1.Heartbeat) {
 	a.board.hear(h)
 	for _, s := range a.services {
 		s.hear(h.GetMember(), h.GetBackends())
+	}
+}
+
+// hearing takes what members' heartbeats say beside the ownership protocol, the newest of
+// each, so that no ack waits for it: it may come to resetting thousands of connections.
+type hearing struct {
+	mu     sync.Mutex
+	newest map[string]*hameshv1.Heartbeat
+	wake   chan struct{} // one token
+}
+
+func (q *hearing) put(h *hameshv1.Heartbeat) {
+	q.mu.Lock()
+	q.newest[h.GetMember()] = h
+	q.mu.Unlock()
+	poke(q.wake)
+}
+
+func (q *hearing) run(ctx context.Context, take func(*hameshv1.Heartbeat)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-q.wake:
+		}
+		q.mu.Lock()
+		all := q.newest
+		q.newest = map[string]*hameshv1.Heartbeat{}
+		q.mu.Unlock()
+		for _, h := range all {
+			take(h)
+		}
 	}
 }
 
@@ -562,11 +601,14 @@ func (a *Agent) unfit() string {
 // watchKernel mends what others do to the addresses, and announces again when a link
 // comes back.
 func (a *Agent) watchKernel(ctx context.Context) error {
+	a.judgeEligibility() // a witness, or a node without proxies, may never hear of a change
 	for c := range a.kernel.Watch(ctx) {
 		switch c.Kind {
 		case vip.Disappeared:
 			a.keeper.refresh() // puts it on again only where it is wanted
 			a.announcer.Refresh(c.VIP)
+		case vip.Appeared:
+			a.keeper.refresh() // takes it off where it is not wanted
 		case vip.CarrierUp, vip.CarrierDown:
 			a.carrierMu.Lock()
 			a.noCarrier[c.Interface] = c.Kind == vip.CarrierDown

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -27,7 +28,7 @@ func TestConvert(t *testing.T) {
 		Member: "cp-1", Boot: 7, Seq: 8, AckBoot: 9, AckSeq: 10, Ready: true, Eligible: true, Witness: true, Priority: 50, Lease: 11,
 		VIPs: []ownership.Report{{
 			VIP: "api", Claims: true, Holds: true, Held: true, Right: ownership.Failsafe,
-			Record: ownership.Record{VIP: "api", Owner: "cp-1", OwnerBoot: 7, Prev: "cp-2", PrevBoot: 6, Epoch: 5, Revision: 12, Lease: 11, Gone: true, Reason: "moved"},
+			Record: ownership.Record{VIP: "api", Owner: "cp-1", OwnerBoot: 7, Prev: "cp-2", PrevBoot: 6, Epoch: 5, Revision: 12, Lease: 11, Gone: true, Reason: "moved", Request: "r1"},
 			Grants: []ownership.Grant{{Revision: 12, To: "cp-3", ToBoot: 4, Attempt: 2}},
 			Ask:    ownership.Ask{Revision: 12, Attempt: 3}, Attempts: []uint64{2, 3},
 		}},
@@ -80,7 +81,7 @@ type keeperRig struct {
 
 	mu     sync.Mutex
 	states []ownership.AddressState
-	held   []int64 // epochs told to the announcer
+	epochs []int64 // told to the announcer
 }
 
 var keeperVIP = vip.Address{VIP: "api", Addr: netip.MustParseAddr("10.77.0.100"), Interface: "eth0"}
@@ -109,15 +110,17 @@ func newKeeperRig(t *testing.T, wrap func(*vip.Kernel) kernel) *keeperRig {
 		defer r.mu.Unlock()
 		r.states = append(r.states, s)
 	}
-	r.onHeld = func(_ string, epoch int64) {
+	r.announce = func(_ string, epoch int64) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if !slices.Contains(r.held, epoch) {
-			r.held = append(r.held, epoch)
+		if !slices.Contains(r.epochs, epoch) {
+			r.epochs = append(r.epochs, epoch)
 		}
 	}
-	r.onGone = func(string) {}
-	r.take, r.give = func(ownership.Hold) {}, func(ownership.Hold) {}
+	r.silence = func(string) {}
+	r.take, r.give, r.keeper.held = func(ownership.Hold) {}, func(ownership.Hold) {}, func(ownership.Hold) {}
+	begun := time.Now()
+	r.now = func() ownership.Instant { return ownership.Instant(time.Hour).Add(time.Since(begun)) }
 	return r
 }
 
@@ -141,17 +144,17 @@ func TestKeeper(t *testing.T) {
 		at := ownership.Instant(time.Hour)
 		on := ownership.Hold{VIP: "api", On: true, Gen: 1, Until: at.Add(300 * time.Millisecond), Epoch: 5}
 
-		r.set([]ownership.Hold{on}, at)
+		r.set([]ownership.Hold{on})
 		synctest.Wait()
-		if !r.has() || r.last() != (ownership.AddressState{VIP: "api", Held: true, Gen: 1}) || !slices.Equal(r.held, []int64{5}) {
-			t.Fatalf("after a hold: %q, reported %+v, announced %v", r.fake, r.last(), r.held)
+		if !r.has() || r.last() != (ownership.AddressState{VIP: "api", Held: true, Gen: 1}) || !slices.Equal(r.epochs, []int64{5}) {
+			t.Fatalf("after a hold: %q, reported %+v, announced %v", r.fake, r.last(), r.epochs)
 		}
 		// Renewed in time, it stays, for longer than its lifetime in the kernel.
 		for range 100 {
 			time.Sleep(100 * time.Millisecond)
 			at = at.Add(100 * time.Millisecond)
 			on.Until = at.Add(300 * time.Millisecond)
-			r.set([]ownership.Hold{on}, at)
+			r.set([]ownership.Hold{on})
 			if !r.has() {
 				t.Fatal("a right in force, and the address is off")
 			}
@@ -169,20 +172,20 @@ func TestKeeper(t *testing.T) {
 		// It had been confirmed in time, after all: on again at once.
 		at = at.Add(301 * time.Millisecond)
 		on.Until = at.Add(100 * time.Millisecond)
-		r.set([]ownership.Hold{on}, at)
+		r.set([]ownership.Hold{on})
 		synctest.Wait()
 		if !r.has() || !r.last().Held {
 			t.Errorf("confirmed again: %q, reported %+v", r.fake, r.last())
 		}
 		// Told to: off at once, and said so for the newest wish.
-		r.set([]ownership.Hold{{VIP: "api", Gen: 2}}, at)
+		r.set([]ownership.Hold{{VIP: "api", Gen: 2}})
 		synctest.Wait()
 		if r.has() || r.last() != (ownership.AddressState{VIP: "api", Gen: 2}) {
 			t.Errorf("after a withdrawal: %q, reported %+v", r.fake, r.last())
 		}
 		// Deleted by hand: put on again when the kernel tells.
 		on.Gen, on.Until = 3, at.Add(time.Hour)
-		r.set([]ownership.Hold{on}, at)
+		r.set([]ownership.Hold{on})
 		synctest.Wait()
 		if err := r.fake.Del(netip.PrefixFrom(keeperVIP.Addr, 32), "eth0"); err != nil {
 			t.Fatal(err)
@@ -203,7 +206,7 @@ func TestKeeperWithdrawsWhileStuck(t *testing.T) {
 		r := newKeeperRig(t, func(k *vip.Kernel) kernel { return &hangingKernel{k, hang} })
 		go func() { _ = r.run(t.Context()) }()
 		at := ownership.Instant(time.Hour)
-		r.set([]ownership.Hold{{VIP: "api", On: true, Gen: 1, Until: at.Add(300 * time.Millisecond)}}, at)
+		r.set([]ownership.Hold{{VIP: "api", On: true, Gen: 1, Until: at.Add(300 * time.Millisecond)}})
 		hang <- struct{}{} // the one at the start; the next puts the address on, and hangs
 		synctest.Wait()
 		if !r.has() {
@@ -216,4 +219,28 @@ func TestKeeperWithdrawsWhileStuck(t *testing.T) {
 		}
 		close(hang)
 	})
+}
+
+// TestPatientWriter checks that nobody who logs waits for a reader that does not read.
+func TestPatientWriter(t *testing.T) {
+	r, stuck := io.Pipe()
+	w := newPatientWriter(stuck)
+	for range 2 * linesKept {
+		if _, err := w.Write([]byte("line\n")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if w.dropped.Load() == 0 {
+		t.Error("nothing was dropped")
+	}
+	go w.flush()
+	b := make([]byte, 64<<10)
+	said := ""
+	for !strings.Contains(said, "lines of the log were dropped") {
+		n, err := r.Read(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		said += string(b[:n])
+	}
 }

@@ -20,7 +20,7 @@ func toProto(b ownership.Heartbeat) *hameshv1.Heartbeat {
 			Name: r.VIP, Claims: r.Claims, Holds: r.Holds, Held: r.Held, Right: rightToProto(r.Right), Attempts: r.Attempts,
 			Record: &hameshv1.Record{
 				Owner: r.Record.Owner, OwnerBoot: r.Record.OwnerBoot, Prev: r.Record.Prev, PrevBoot: r.Record.PrevBoot,
-				Epoch: r.Record.Epoch, Revision: r.Record.Revision, Lease: r.Record.Lease, Gone: r.Record.Gone, Reason: r.Record.Reason,
+				Epoch: r.Record.Epoch, Revision: r.Record.Revision, Lease: r.Record.Lease, Gone: r.Record.Gone, Reason: r.Record.Reason, Request: r.Record.Request,
 			},
 		}
 		if r.Ask.Attempt != 0 {
@@ -48,7 +48,7 @@ func fromProto(h *hameshv1.Heartbeat) ownership.Heartbeat {
 			VIP: v.GetName(), Claims: v.GetClaims(), Holds: v.GetHolds(), Held: v.GetHeld(), Right: rightFromProto(v.GetRight()), Attempts: v.GetAttempts(),
 			Record: ownership.Record{
 				VIP: v.GetName(), Owner: rec.GetOwner(), OwnerBoot: rec.GetOwnerBoot(), Prev: rec.GetPrev(), PrevBoot: rec.GetPrevBoot(),
-				Epoch: rec.GetEpoch(), Revision: rec.GetRevision(), Lease: rec.GetLease(), Gone: rec.GetGone(), Reason: rec.GetReason(),
+				Epoch: rec.GetEpoch(), Revision: rec.GetRevision(), Lease: rec.GetLease(), Gone: rec.GetGone(), Reason: rec.GetReason(), Request: rec.GetRequest(),
 			},
 			Ask: ownership.Ask{Revision: v.GetAsk().GetRevision(), Attempt: v.GetAsk().GetAttempt()},
 		}

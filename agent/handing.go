@@ -69,6 +69,7 @@ type handing struct {
 
 // handed is one VIP's drains.
 type handed struct {
+	gen       uint64    // of the hold with which it was last given away
 	keptSince time.Time // zero: nothing is kept here
 	// told is how many connections were kept when last counted, for heartbeats; -1: none
 	// are kept. It is read by the ownership loop, which must not wait for mu.
@@ -112,53 +113,60 @@ func (h *handing) forward(vip string, v *handed, to string) {
 	v.toldFrom.Store(&to)
 }
 
-// give prepares for the address to be taken off because it goes to another member.
-func (h *handing) give(hold ownership.Hold) {
-	if h.kernel == nil || !hold.Planned {
-		return
-	}
+// within runs f while nobody else changes anything, and returns when it is done, or when
+// it takes too long: then f goes on by itself.
+func (h *handing) within(vip string, f func(v *handed)) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		v, addr := h.vips[hold.VIP], h.address(hold.VIP)
-		// Where this node forwards to the taker, it goes on to for a moment: until the
-		// segment has learned where the VIP is now, packets of the taker's connections
-		// come here.
-		if err := h.kernel.Keep(addr); err != nil {
+		f(h.vips[vip])
+	}()
+	select {
+	case <-done:
+	case <-time.After(giveWithin):
+		h.log.Warn("keeping connections takes too long; the address goes first", "vip", vip)
+	}
+}
+
+// give prepares for the address to be taken off because it goes to another member.
+func (h *handing) give(hold ownership.Hold) {
+	if h.kernel == nil || !hold.Planned {
+		return
+	}
+	// Where this node forwards to the taker, it goes on to for a moment: until the segment
+	// has learned where the VIP is now, packets of the taker's connections come here.
+	h.within(hold.VIP, func(v *handed) {
+		v.gen = hold.Gen
+		if err := h.kernel.Keep(h.address(hold.VIP)); err != nil {
 			h.log.Warn("connections will not survive this move", "vip", hold.VIP, "error", err)
 			return
 		}
 		v.keptSince = time.Now()
 		v.told.Store(0)
-	}()
-	select {
-	case <-done:
-	case <-time.After(giveWithin):
-		h.log.Warn("preparing to keep connections takes too long; the address goes first", "vip", hold.VIP)
-	}
+	})
 }
 
-// take prepares for the address to be put on.
+// take prepares for the address to be put on. Taken from nobody, or from a dead one, what
+// is unknown here is to be reset.
 func (h *handing) take(hold ownership.Hold) {
-	if h.kernel == nil {
+	if h.kernel == nil || *h.vips[hold.VIP].toldFrom.Load() == hold.Peer {
 		return
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	// Taken from nobody, or from a dead one: what is unknown here is to be reset.
-	h.forward(hold.VIP, h.vips[hold.VIP], hold.Peer)
+	h.within(hold.VIP, func(v *handed) { h.forward(hold.VIP, v, hold.Peer) })
 }
 
 // held ends what was kept of an address that is back on its interface.
-func (h *handing) held(vip string) {
-	if h.kernel == nil {
+func (h *handing) held(hold ownership.Hold) {
+	if h.kernel == nil || h.vips[hold.VIP].told.Load() < 0 {
 		return
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.unkeep(vip, h.vips[vip])
+	h.within(hold.VIP, func(v *handed) {
+		if hold.Gen > v.gen { // else it has been given away since
+			h.unkeep(hold.VIP, v)
+		}
+	})
 }
 
 func (h *handing) unkeep(vip string, v *handed) {

@@ -27,14 +27,15 @@ type keeper struct {
 	kernel   kernel
 	lifetime time.Duration
 	report   func(ownership.AddressState)
-	// onHeld and onGone are called when an address has come to be there for an epoch, and
-	// when it is there no more.
-	onHeld func(vip string, epoch int64)
-	onGone func(vip string)
+	// announce and silence tell the segment; neither blocks.
+	announce func(vip string, epoch int64)
+	silence  func(vip string)
 	// take and give are called before an address is put on, and before it is taken off
-	// because it goes to another member.
-	take, give func(ownership.Hold)
-	log        hclog.Logger
+	// because it goes to another member; held each time it was put on or renewed. They
+	// return within moments, whatever hangs.
+	take, give, held func(ownership.Hold)
+	now              func() ownership.Instant
+	log              hclog.Logger
 
 	slots []*slot
 	wake  chan struct{} // one token: put on or renew now
@@ -42,18 +43,18 @@ type keeper struct {
 
 // slot is one VIP.
 type slot struct {
-	addr  vip.Address
-	wake  chan struct{} // one token: the hold has changed
-	mu    sync.Mutex
-	hold  ownership.Hold
-	until time.Time // when the right lapses, on Go's monotonic clock
+	addr vip.Address
+	wake chan struct{} // one token: the hold has changed
+	mu   sync.Mutex
+	hold ownership.Hold
 	// lapsed: taken off because the right lapsed; put on again if the machine, which was
 	// late, finds that it had been confirmed in time.
 	lapsed bool
+	closed bool // the agent ends: nothing is put on any more
 }
 
 func newKeeper(k kernel, addresses []vip.Address, lifetime time.Duration, log hclog.Logger) *keeper {
-	keep := &keeper{kernel: k, lifetime: lifetime, log: log, wake: make(chan struct{}, 1)}
+	keep := &keeper{kernel: k, lifetime: lifetime, now: now, log: log, wake: make(chan struct{}, 1)}
 	for _, a := range addresses {
 		a.Lifetime = lifetime
 		keep.slots = append(keep.slots, &slot{addr: a, wake: make(chan struct{}, 1)})
@@ -63,21 +64,21 @@ func newKeeper(k kernel, addresses []vip.Address, lifetime time.Duration, log hc
 
 func (k *keeper) String() string { return "address keeper" }
 
-// set takes the desired state, one hold per slot in the slots' order. It never blocks.
-func (k *keeper) set(holds []ownership.Hold, at ownership.Instant) {
-	for i, h := range holds {
-		s := k.slots[i]
-		// A single member's right has no deadline; a day is as good, and renewed all along.
-		left := min(h.Until.Sub(at), 24*time.Hour)
+// set takes the desired state, one hold per VIP in the slots' order; a witness gets holds
+// too, and has no slots. It never blocks.
+func (k *keeper) set(holds []ownership.Hold) {
+	for i, s := range k.slots {
+		h := holds[i]
 		s.mu.Lock()
 		changed := h.Gen != s.hold.Gen
-		again := s.lapsed && h.On && left > 0
+		again := s.lapsed && h.On && k.now() < h.Until
+		sooner := h.On && h.Until < s.hold.Until
 		if changed || again {
 			s.lapsed = false
 		}
-		s.hold, s.until = h, time.Now().Add(left)
+		s.hold = h
 		s.mu.Unlock()
-		if changed || again {
+		if changed || again || sooner {
 			poke(s.wake)
 		}
 		if h.On && (changed || again) {
@@ -100,7 +101,7 @@ func poke(c chan struct{}) {
 func (k *keeper) desired() (want []vip.Address) {
 	for _, s := range k.slots {
 		s.mu.Lock()
-		if s.hold.On && time.Now().Before(s.until) {
+		if s.hold.On && !s.closed && k.now() < s.hold.Until {
 			want = append(want, s.addr)
 		}
 		s.mu.Unlock()
@@ -155,26 +156,31 @@ func (k *keeper) observed(s *slot, before ownership.Hold, held []vip.Address) {
 		has = has || (a.Addr == s.addr.Addr && a.Interface == s.addr.Interface)
 	}
 	s.mu.Lock()
-	current := s.hold.Gen == before.Gen
+	current := s.hold.Gen == before.Gen && !s.lapsed && !s.closed
+	if current && has {
+		// Under the lock: whoever takes the address off changes the slot first, and then
+		// silences it.
+		k.announce(s.addr.VIP, before.Epoch)
+	}
 	s.mu.Unlock()
 	if !current {
 		return
 	}
 	if has {
-		k.onHeld(s.addr.VIP, before.Epoch)
+		k.held(before)
 	}
 	k.report(ownership.AddressState{VIP: s.addr.VIP, Held: has, Gen: before.Gen})
 }
 
-// withdraw takes one address off when it is told to or the right lapses.
+// withdraw takes one address off when it is told to, the right lapses, or ctx ends.
 func (k *keeper) withdraw(ctx context.Context, s *slot) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	var done uint64 // generation that is carried out
 	for {
 		s.mu.Lock()
-		hold, until, wasLapsed := s.hold, s.until, s.lapsed
-		lapsed := hold.On && !time.Now().Before(until)
+		hold, wasLapsed := s.hold, s.lapsed
+		lapsed := hold.On && k.now() >= hold.Until
 		s.lapsed = lapsed
 		s.mu.Unlock()
 		switch {
@@ -182,7 +188,7 @@ func (k *keeper) withdraw(ctx context.Context, s *slot) {
 			if !hold.On {
 				k.give(hold)
 			}
-			k.onGone(s.addr.VIP)
+			k.silence(s.addr.VIP)
 			if err := k.kernel.Withdraw(s.addr.Addr); err != nil {
 				k.log.Error("could not take an address off", "vip", s.addr.VIP, "error", err)
 				s.mu.Lock()
@@ -197,15 +203,32 @@ func (k *keeper) withdraw(ctx context.Context, s *slot) {
 			k.report(ownership.AddressState{VIP: s.addr.VIP, Held: false, Gen: hold.Gen})
 			continue
 		case hold.On && !lapsed:
-			timer.Reset(time.Until(until))
+			// A single member's right has no deadline, and Go's timers have a longest time.
+			timer.Reset(min(hold.Until.Sub(k.now()), time.Hour))
 		default:
 			timer.Reset(time.Hour)
 		}
 		select {
 		case <-ctx.Done():
+			k.close(s)
 			return
 		case <-s.wake:
 		case <-timer.C:
+		}
+	}
+}
+
+// close takes an address off that is still on when the agent ends: nobody renews its right
+// any more, however long the rest of the agent takes to end.
+func (k *keeper) close(s *slot) {
+	s.mu.Lock()
+	s.closed = true
+	on := s.hold.On
+	s.mu.Unlock()
+	if on {
+		k.silence(s.addr.VIP)
+		if err := k.kernel.Withdraw(s.addr.Addr); err != nil {
+			k.log.Error("could not take an address off; a sweep follows", "vip", s.addr.VIP, "error", err)
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 // or a channel that never fills.
 type loop struct {
 	machine *ownership.Machine
+	done    chan struct{} // closed when run returns
 	inputs  chan input
 	store   <-chan ownership.Event
 	effects effects
@@ -31,7 +32,7 @@ type input struct {
 
 // effects are the loop's ways out; none may block.
 type effects struct {
-	hold      func(holds []ownership.Hold, at ownership.Instant)
+	hold      func([]ownership.Hold)
 	broadcast func(ownership.Heartbeat)
 	write     func(ownership.Write)
 	silent    func(map[string]ownership.Instant) // whenever other members fall silent or speak again
@@ -44,6 +45,7 @@ type effects struct {
 
 // run steps the machine until ctx ends.
 func (l *loop) run(ctx context.Context) error {
+	defer close(l.done)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -60,7 +62,7 @@ func (l *loop) run(ctx context.Context) error {
 		at := now()
 		if in.event != nil {
 			out := l.machine.Step(at, in.event)
-			l.carry(out, at, in.reply)
+			l.carry(out, in.reply)
 			timer.Reset(out.Wake.Sub(at))
 		}
 		if in.look != nil {
@@ -70,8 +72,8 @@ func (l *loop) run(ctx context.Context) error {
 	}
 }
 
-func (l *loop) carry(out ownership.Output, at ownership.Instant, reply chan<- ownership.Heartbeat) {
-	l.effects.hold(out.Holds, at)
+func (l *loop) carry(out ownership.Output, reply chan<- ownership.Heartbeat) {
+	l.effects.hold(out.Holds)
 	if !maps.Equal(out.Silent, l.silent) {
 		l.silent = out.Silent
 		l.effects.silent(out.Silent)
@@ -110,6 +112,7 @@ func (l *loop) post(ctx context.Context, ev ownership.Event) {
 	select {
 	case l.inputs <- input{event: ev}:
 	case <-ctx.Done():
+	case <-l.done:
 	}
 }
 
@@ -120,11 +123,15 @@ func (l *loop) answer(ctx context.Context, ev ownership.Event) (ownership.Heartb
 	case l.inputs <- input{event: ev, reply: reply}:
 	case <-ctx.Done():
 		return ownership.Heartbeat{}, false
+	case <-l.done:
+		return ownership.Heartbeat{}, false
 	}
 	select {
 	case b, ok := <-reply:
 		return b, ok
 	case <-ctx.Done():
+		return ownership.Heartbeat{}, false
+	case <-l.done:
 		return ownership.Heartbeat{}, false
 	}
 }
@@ -137,11 +144,15 @@ func (l *loop) view(ctx context.Context) (view ownership.View, ok bool) {
 	case l.inputs <- in:
 	case <-ctx.Done():
 		return view, false
+	case <-l.done:
+		return view, false
 	}
 	select {
 	case view = <-done:
 		return view, true
 	case <-ctx.Done():
+		return view, false
+	case <-l.done:
 		return view, false
 	}
 }

@@ -41,6 +41,11 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	if os.Getpid() == 1 {
 		return runAsFirst(args, stdout, stderr)
 	}
+	return command(args, stdout, stderr)
+}
+
+// command does what the arguments ask for, in this process.
+func command(args []string, stdout, stderr io.Writer) int {
 	if len(args) > 0 && args[0] == "guard" { // started by the agent alone
 		return guard.Main(args[1:], stderr)
 	}
@@ -56,16 +61,16 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "hameshd: %v; see hameshd --help\n", err)
 		return exitUsage
 	}
-	switch command := flags.Args(); {
-	case len(command) == 0:
+	switch rest := flags.Args(); {
+	case len(rest) == 0:
 		return run(*path, stderr)
-	case len(command) == 1 && command[0] == "validate":
+	case len(rest) == 1 && rest[0] == "validate":
 		return validate(*path, stdout, stderr)
-	case len(command) == 1 && command[0] == "version":
+	case len(rest) == 1 && rest[0] == "version":
 		fmt.Fprintln(stdout, "hameshd", Version)
 		return exitOK
 	default:
-		fmt.Fprintf(stderr, "hameshd: unknown command %q; see hameshd --help\n", command)
+		fmt.Fprintf(stderr, "hameshd: unknown command %q; see hameshd --help\n", rest)
 		return exitUsage
 	}
 }
@@ -107,8 +112,10 @@ func run(path string, stderr io.Writer) int {
 		fmt.Fprintln(stderr, err)
 		return exitUsage
 	}
+	out := newPatientWriter(stderr)
+	defer out.flush()
 	log := hclog.New(&hclog.LoggerOptions{
-		Name: "hameshd", Output: stderr, Level: cfg.Log.Level, JSONFormat: cfg.Log.Format == config.JSON,
+		Name: "hameshd", Output: out, Level: cfg.Log.Level, JSONFormat: cfg.Log.Format == config.JSON,
 	})
 	// From here on, so that a signal during the start already ends it in order.
 	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)

@@ -39,7 +39,7 @@ func TestMainStatus(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
-			if got := Main(c.args, &stdout, &stderr); got != c.status {
+			if got := command(c.args, &stdout, &stderr); got != c.status {
 				t.Errorf("exit status %d, want %d", got, c.status)
 			}
 			if !strings.Contains(stdout.String(), c.stdout) || !strings.Contains(stderr.String(), c.stderr) {

@@ -731,3 +731,25 @@ func TestPartitions(t *testing.T) {
 		})
 	}
 }
+
+// TestWitness checks that a mesh of two candidates and a witness works with a candidate
+// away, and that the witness never owns.
+func TestWitness(t *testing.T) {
+	m := newMesh(t, lab.Options{Witnesses: 1})
+	n := owner(t, m)
+	healthy(t, m)
+	agree(t, m)
+	witness := m.Nodes[2]
+	if n == witness {
+		t.Fatal("the witness owns the VIP")
+	}
+	if _, stderr, status, err := n.Hactl("move-vip", "kube-api", "--to", witness.Name, "--wait"); err != nil || status != 1 || !strings.Contains(stderr, "may not take the VIP") {
+		t.Errorf("a move to the witness: status %d, %v: %s", status, err, stderr)
+	}
+	if err := n.PowerOff(); err != nil {
+		t.Fatal(err)
+	}
+	if next := owner(t, m); next == witness || next == n {
+		t.Errorf("%s owns the VIP", next.Name)
+	}
+}

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -20,6 +22,10 @@ import (
 // rememberMoves is how long a request_id is remembered after its move has ended, and
 // maxMoves how many are at most.
 const (
+	// passedOn is the gRPC metadata key that marks an order passed on by another member;
+	// such a one is not passed on again.
+	passedOn = "hamesh-passed-on"
+
 	rememberMoves = time.Hour
 	maxMoves      = 1000
 )
@@ -38,9 +44,10 @@ type moves struct {
 
 // order is one move and what has been told of it so far.
 type order struct {
-	request *hameshv1.MoveVipRequest
-	begun   time.Time
-	ended   time.Time // zero: not yet
+	request  *hameshv1.MoveVipRequest
+	passedOn bool // by another member
+	begun    time.Time
+	ended    time.Time // zero: not yet
 
 	told    []*hameshv1.MoveVipResponse
 	err     error
@@ -65,7 +72,8 @@ var refusals = map[ownership.Refusal]error{
 
 // MoveVip implements server.ControlSink.
 func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, send func(*hameshv1.MoveVipResponse) error) error {
-	o, err := m.take(request)
+	incoming, _ := metadata.FromIncomingContext(ctx)
+	o, err := m.take(request, len(incoming.Get(passedOn)) > 0)
 	if err != nil {
 		return err
 	}
@@ -90,7 +98,7 @@ func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, s
 }
 
 // take finds the order of a repeated request, or begins a new one.
-func (m *moves) take(request *hameshv1.MoveVipRequest) (*order, error) {
+func (m *moves) take(request *hameshv1.MoveVipRequest, passedOn bool) (*order, error) {
 	id := request.GetRequestId()
 	if id == "" {
 		id = uuid.NewString()
@@ -107,7 +115,7 @@ func (m *moves) take(request *hameshv1.MoveVipRequest) (*order, error) {
 	m.forget()
 	request = proto.CloneOf(request)
 	request.RequestId = id
-	o := &order{request: request, begun: time.Now(), changed: make(chan struct{})}
+	o := &order{request: request, passedOn: passedOn, begun: time.Now(), changed: make(chan struct{})}
 	m.byID[id] = o
 	m.agent.group.Go(func() error {
 		m.begin(m.agent.ctx, o)
@@ -157,6 +165,13 @@ func (m *moves) begin(ctx context.Context, o *order) {
 	switch {
 	case owner.Record.Owner == "" || owner.Record.Gone:
 		m.end(o, fmt.Errorf("%q: %w", name, server.ErrNoOwner))
+	case owner.Record.Request == o.request.GetRequestId():
+		// Done before, and told by a member that is gone, or has forgotten.
+		m.tell(o, &hameshv1.MoveVipResponse{
+			Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: name, To: owner.Record.Owner, Changed: true,
+			Elapsed: durationpb.New(0), Epoch: owner.Record.Epoch,
+		})
+		m.end(o, nil)
 	case owner.Record.Owner == to:
 		m.tell(o, &hameshv1.MoveVipResponse{
 			Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: name, From: to, To: to,
@@ -169,7 +184,10 @@ func (m *moves) begin(ctx context.Context, o *order) {
 		id := m.nextID
 		m.byNum[id] = o
 		m.mu.Unlock()
-		a.loop.post(ctx, ownership.MoveOrder{ID: id, VIP: name, To: to})
+		a.loop.post(ctx, ownership.MoveOrder{ID: id, Request: o.request.GetRequestId(), VIP: name, To: to})
+	case o.passedOn:
+		// Whoever passed it on thinks that this is the owner: it is changing just now.
+		m.end(o, fmt.Errorf("%q is with %s by now: %w", name, owner.Record.Owner, server.ErrNoOwner))
 	default:
 		m.end(o, m.passOn(ctx, o, owner.Record.Owner))
 	}
@@ -177,13 +195,17 @@ func (m *moves) begin(ctx context.Context, o *order) {
 
 // passOn lets the owner do it, and repeats what it says.
 func (m *moves) passOn(ctx context.Context, o *order, owner string) error {
-	client, ok := m.agent.links[owner].Control()
+	link := m.agent.links[owner]
+	if link == nil {
+		return fmt.Errorf("%s is not in the configuration of %s: %w", owner, m.agent.cfg.Node.Name, server.ErrOwnerUnreachable)
+	}
+	client, ok := link.Control()
 	if !ok {
 		return fmt.Errorf("%s: %w", owner, server.ErrOwnerUnreachable)
 	}
-	stream, err := client.MoveVip(ctx, o.request)
+	stream, err := client.MoveVip(metadata.AppendToOutgoingContext(ctx, passedOn, m.agent.cfg.Node.Name), o.request)
 	if err != nil {
-		return err
+		return lost(owner, err)
 	}
 	for {
 		said, err := stream.Recv()
@@ -191,10 +213,19 @@ func (m *moves) passOn(ctx context.Context, o *order, owner string) error {
 			return nil
 		}
 		if err != nil {
-			return err
+			return lost(owner, err)
 		}
 		m.tell(o, said)
 	}
+}
+
+// lost tells a member's answer from the loss of the connection to it, which is an answer of
+// nobody: the move may go on.
+func lost(owner string, err error) error {
+	if s, ok := status.FromError(err); ok && len(s.Details()) > 0 {
+		return err
+	}
+	return fmt.Errorf("%s may still be moving it: %w: %w", owner, err, server.ErrOwnerUnreachable)
 }
 
 // progress takes a phase from the loop. It does not block.

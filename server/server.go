@@ -28,6 +28,9 @@ const (
 	stopGrace = 250 * time.Millisecond
 	// watchInterval is the shortest time between two messages of one WatchStatus.
 	watchInterval = 50 * time.Millisecond
+	// watchLook is how often a watcher looks for what nobody reports, such as the number of
+	// connections.
+	watchLook = time.Second
 )
 
 // StatusSource knows the mesh as this member sees it.
@@ -137,7 +140,7 @@ func New(options Options, status StatusSource, control ControlSink, mesh MeshPee
 }
 
 // Serve answers calls on all listeners until ctx ends or one listener fails; then it lets
-// calls finish for two seconds and cuts the rest off. It closes the listeners, and returns
+// calls finish for a quarter of a second and cuts the rest off. It closes the listeners, and returns
 // nil when ctx ended it. A server serves once.
 func (s *Server) Serve(ctx context.Context, listeners ...net.Listener) error {
 	group, ctx := errgroup.WithContext(ctx)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
@@ -24,26 +25,36 @@ func (s *Server) GetStatus(context.Context, *hameshv1.GetStatusRequest) (*hamesh
 func (s *Server) WatchStatus(_ *hameshv1.WatchStatusRequest, stream grpc.ServerStreamingServer[hameshv1.WatchStatusResponse]) error {
 	pace := time.NewTicker(watchInterval)
 	defer pace.Stop()
+	look := time.NewTimer(watchLook)
+	defer look.Stop()
+	var last *hameshv1.GetStatusResponse
 	for {
 		// Asked for before the status is read, so that no change is missed in between.
 		changed := s.status.Changed()
-		if err := stream.Send(&hameshv1.WatchStatusResponse{Status: s.status.Status()}); err != nil {
-			return err
+		if status := s.status.Status(); !proto.Equal(status, last) {
+			if err := stream.Send(&hameshv1.WatchStatusResponse{Status: status}); err != nil {
+				return err
+			}
+			last = status
 		}
 		pace.Reset(watchInterval)
-		if err := wait(stream.Context(), s.stopping, changed); err != nil {
+		look.Reset(watchLook)
+		if err := wait(stream.Context(), s.stopping, changed, look.C); err != nil {
 			return err
 		}
-		if err := wait(stream.Context(), s.stopping, pace.C); err != nil {
+		if err := wait(stream.Context(), s.stopping, pace.C, nil); err != nil {
 			return err
 		}
 	}
 }
 
-// wait returns nil at an event, and an error when the caller leaves or the server stops.
-func wait[T any](ctx context.Context, stopping <-chan struct{}, event <-chan T) error {
+// wait returns nil at an event or at the latest instant, and an error when the caller
+// leaves or the server stops.
+func wait[T any](ctx context.Context, stopping <-chan struct{}, event <-chan T, latest <-chan time.Time) error {
 	select {
 	case <-event:
+		return nil
+	case <-latest:
 		return nil
 	case <-stopping:
 		return errStopping

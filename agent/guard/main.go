@@ -111,12 +111,16 @@ func stand(o orders, in *os.File, log hclog.Logger) error {
 
 	time.AfterFunc(surviveAtMost, func() { os.Exit(exitFailed) })
 	gone, err := withdraw(kernel, o.VIPs)
-	// The next agent need not wait until the last member has heard: nothing is taken off
-	// from here on, and the word is dropped by whoever knows a newer boot.
-	_ = syscall.Close(lockFD)
+	// The next agent need not wait until the last member has heard: nothing is touched after
+	// the sweep, and the word is dropped by whoever knows a newer boot.
+	var swept sync.WaitGroup
+	swept.Go(func() {
+		sweepDrains(o, log)
+		_ = syscall.Close(lockFD)
+	})
 	// Nothing is logged before the word is out, for that may block.
 	untold := tell(o, client, &hameshv1.WithdrawnRequest{Member: o.Member, Boot: o.Boot, Vips: gone})
-	sweepDrains(o, log)
+	swept.Wait()
 	log.Warn("the agent has ended: its VIPs were taken off", "vips", gone, "boot", o.Boot)
 	if untold != nil {
 		log.Warn("not everybody has heard it", "error", untold)

@@ -132,7 +132,7 @@ func (b *fuzzBytes) event(now Instant) Event {
 	case 0, 1, 2, 3:
 		return HeartbeatReceived{b.heartbeat()}
 	case 4, 5:
-		return StoreSnapshot{SentAt: sent, Records: b.records(), Boots: map[string]uint64{b.member(): uint64(b.int(4))}}
+		return StoreSnapshot{SentAt: sent, Records: b.records()}
 	case 6:
 		return LeaseRenewed{Lease: int64(b.int(4)), SentAt: sent}
 	case 7:

@@ -92,6 +92,7 @@ type vip struct {
 	claims      bool
 	settled     bool               // prev has withdrawn
 	from        string             // the member that gave it to this one in order; empty: none
+	left        map[string]uint64  // member → newest boot whose guard saw the address off
 	confirmed   map[string]Instant // member → when the newest heartbeat that it confirmed was sent
 	rewritten   Instant            // when the newest answered rewrite was sent; -forever: none
 	lastRewrite Instant            // when a rewrite was last tried
@@ -156,7 +157,7 @@ func New(cfg Config, now Instant) *Machine {
 	}
 	for _, v := range cfg.VIPs {
 		m.vips = append(m.vips, &vip{
-			VIP: v, suspectFrom: now, claimAt: map[string]Instant{}, confirmed: map[string]Instant{},
+			VIP: v, suspectFrom: now, claimAt: map[string]Instant{}, left: map[string]uint64{}, confirmed: map[string]Instant{},
 			rewritten: -forever, lastRewrite: -forever, nextAuto: -forever, wellFrom: forever,
 		})
 	}

@@ -88,7 +88,7 @@ func (m *Machine) writeMove(v *vip) {
 	v.move.unanswered = true
 	m.write(v, writeMove, 0, Write{Compare: v.rec.Revision, Record: Record{
 		Owner: p.Name, OwnerBoot: p.beat.Boot, Lease: p.beat.Lease,
-		Prev: m.cfg.Self, PrevBoot: m.cfg.Boot, Reason: v.move.reason,
+		Prev: m.cfg.Self, PrevBoot: m.cfg.Boot, Reason: v.move.reason, Request: v.move.order.Request,
 	}})
 }
 
@@ -188,6 +188,10 @@ func (m *Machine) follow(now Instant, v *vip) {
 			return
 		}
 		if mv.epoch == 0 {
+			if mv.ordered && now.Sub(mv.since) > 2*m.cfg.Timing.LeaseTTL {
+				m.progress(v, Failed, StoreSilent)
+				mv.ordered = false // nobody waits any more; the fence goes on
+			}
 			return
 		}
 	}
@@ -198,7 +202,7 @@ func (m *Machine) follow(now Instant, v *vip) {
 	p := m.peer(mv.to)
 	r, _ := p.report(v.Name)
 	switch {
-	case mv.released && r.Holds && r.Record.Epoch >= mv.epoch:
+	case mv.released && r.Held && r.Record.Epoch >= mv.epoch:
 		m.progress(v, HeldByTarget, NotRefused)
 		v.move = nil
 	case v.rec.Epoch > mv.epoch, now.Sub(mv.since) > 2*m.cfg.Timing.LeaseTTL:

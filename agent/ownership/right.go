@@ -176,6 +176,7 @@ func (m *Machine) takeWithdrawal(w Withdrawn) {
 	for _, v := range m.vips {
 		if slices.Contains(w.VIPs, v.Name) {
 			delete(v.claimAt, p.Name)
+			v.left[p.Name] = w.Boot
 		}
 	}
 }
@@ -210,7 +211,8 @@ func (m *Machine) settle(_ Instant, v *vip) {
 		return
 	}
 	p := m.peer(v.rec.Prev)
-	if (p != nil && (p.withdrawn >= v.rec.PrevBoot || (p.withdrawn > 0 && m.faults.has(anyGuardSettles)))) || m.faults.has(prevTakenAsSettled) {
+	left, said := v.left[v.rec.Prev]
+	if (said && (left >= v.rec.PrevBoot || m.faults.has(anyGuardSettles))) || m.faults.has(prevTakenAsSettled) {
 		v.settled = true
 		return
 	}

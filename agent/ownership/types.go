@@ -72,6 +72,7 @@ type Record struct {
 	Lease     int64  // lease the record hangs on
 	Gone      bool   // the record key is not there; Owner is the last owner, from the fence
 	Reason    string // why the owner got it
+	Request   string // the MoveOrder.Request by which the owner got it, if one was
 }
 
 // Newer reports whether r is newer knowledge than o: the higher revision wins, and at
@@ -227,7 +228,6 @@ type HeartbeatReceived struct{ Heartbeat Heartbeat }
 type StoreSnapshot struct {
 	SentAt  Instant // when the read was sent
 	Records []Record
-	Boots   map[string]uint64 // member → its boot key
 }
 
 // LeaseRenewed says that the store granted or renewed the lease of this boot.
@@ -269,9 +269,10 @@ type Withdrawn struct {
 // MoveOrder asks the owner to hand a VIP to another candidate. It is answered by
 // [MoveProgress]; an owner takes one order at a time.
 type MoveOrder struct {
-	ID  uint64 // comes back in the progress
-	VIP string
-	To  string // empty: the best other candidate
+	ID      uint64 // comes back in the progress
+	Request string // goes into the record
+	VIP     string
+	To      string // empty: the best other candidate
 }
 
 // Shutdown asks the member to hand everything over; Output.Stopped says when it has.

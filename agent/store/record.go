@@ -29,6 +29,7 @@ type value struct {
 	Epoch     int64  `json:"epoch,omitempty"` // 0: the revision of this write
 	Lease     int64  `json:"lease,omitempty"`
 	Reason    string `json:"reason,omitempty"`
+	Request   string `json:"request,omitempty"`
 }
 
 func encode(w ownership.Write) (string, error) {
@@ -40,6 +41,7 @@ func encode(w ownership.Write) (string, error) {
 		Epoch:     w.Record.Epoch,
 		Lease:     w.Record.Lease,
 		Reason:    w.Record.Reason,
+		Request:   w.Record.Request,
 	}
 	if w.Release {
 		v.Owner, v.OwnerBoot, v.Lease = "", 0, 0
@@ -68,6 +70,7 @@ func decode(vip string, record, fence *mvccpb.KeyValue) (ownership.Record, error
 		Lease:     v.Lease,
 		Gone:      record == nil || record.ModRevision != fence.ModRevision,
 		Reason:    v.Reason,
+		Request:   v.Request,
 	}
 	if r.Epoch == 0 {
 		r.Epoch = r.Revision

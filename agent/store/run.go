@@ -267,6 +267,6 @@ func (s *Store) read(ctx context.Context, c *clientv3.Client) error {
 		return nil // a later question was answered earlier
 	}
 	s.polled = sent
-	s.events.push(ownership.StoreSnapshot{SentAt: sent, Records: got.records, Boots: got.boots})
+	s.events.push(ownership.StoreSnapshot{SentAt: sent, Records: got.records})
 	return nil
 }

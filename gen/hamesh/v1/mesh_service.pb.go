@@ -257,8 +257,6 @@ type Heartbeat struct {
 	Backends []*BackendReport `protobuf:"bytes,9,rep,name=backends,proto3" json:"backends,omitempty"`
 	// Version of its agent.
 	Version string `protobuf:"bytes,10,opt,name=version,proto3" json:"version,omitempty"`
-	// The member that leads etcd, as far as it knows.
-	StoreLeader string `protobuf:"bytes,11,opt,name=store_leader,json=storeLeader,proto3" json:"store_leader,omitempty"`
 	// What it does in the mesh, by its own configuration.
 	Role Role `protobuf:"varint,12,opt,name=role,proto3,enum=hamesh.v1.Role" json:"role,omitempty"`
 	// Its priority as a candidate, by its own configuration; the higher one goes first.
@@ -369,13 +367,6 @@ func (x *Heartbeat) GetVersion() string {
 	return ""
 }
 
-func (x *Heartbeat) GetStoreLeader() string {
-	if x != nil {
-		return x.StoreLeader
-	}
-	return ""
-}
-
 func (x *Heartbeat) GetRole() Role {
 	if x != nil {
 		return x.Role
@@ -417,7 +408,9 @@ type Record struct {
 	// Whether the record has gone from the store; then owner is the last one.
 	Gone bool `protobuf:"varint,8,opt,name=gone,proto3" json:"gone,omitempty"`
 	// Why the owner got it.
-	Reason        string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The request_id of the move by which the owner got it; empty: by none.
+	Request       string `protobuf:"bytes,10,opt,name=request,proto3" json:"request,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -511,6 +504,13 @@ func (x *Record) GetGone() bool {
 func (x *Record) GetReason() string {
 	if x != nil {
 		return x.Reason
+	}
+	return ""
+}
+
+func (x *Record) GetRequest() string {
+	if x != nil {
+		return x.Request
 	}
 	return ""
 }
@@ -887,7 +887,7 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
 	"\x04vips\x18\x03 \x03(\tR\x04vips\"\x13\n" +
-	"\x11WithdrawnResponse\"\xa5\x03\n" +
+	"\x11WithdrawnResponse\"\x82\x03\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x1a\n" +
@@ -899,11 +899,10 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06reason\x18\b \x01(\tR\x06reason\x124\n" +
 	"\bbackends\x18\t \x03(\v2\x18.hamesh.v1.BackendReportR\bbackends\x12\x18\n" +
 	"\aversion\x18\n" +
-	" \x01(\tR\aversion\x12!\n" +
-	"\fstore_leader\x18\v \x01(\tR\vstoreLeader\x12#\n" +
+	" \x01(\tR\aversion\x12#\n" +
 	"\x04role\x18\f \x01(\x0e2\x0f.hamesh.v1.RoleR\x04role\x12\x1a\n" +
 	"\bpriority\x18\r \x01(\x05R\bpriority\x12\x12\n" +
-	"\x04macs\x18\x0e \x03(\fR\x04macs\"\xe2\x01\n" +
+	"\x04macs\x18\x0e \x03(\fR\x04macs\"\xfc\x01\n" +
 	"\x06Record\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x1d\n" +
 	"\n" +
@@ -914,7 +913,9 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\brevision\x18\x06 \x01(\x03R\brevision\x12\x14\n" +
 	"\x05lease\x18\a \x01(\x03R\x05lease\x12\x12\n" +
 	"\x04gone\x18\b \x01(\bR\x04gone\x12\x16\n" +
-	"\x06reason\x18\t \x01(\tR\x06reason\"\xfe\x02\n" +
+	"\x06reason\x18\t \x01(\tR\x06reason\x12\x18\n" +
+	"\arequest\x18\n" +
+	" \x01(\tR\arequest\"\xfe\x02\n" +
 	"\tVipReport\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12)\n" +
 	"\x06record\x18\x02 \x01(\v2\x11.hamesh.v1.RecordR\x06record\x12\x16\n" +
