@@ -9,7 +9,7 @@ import (
 // Backend is one API server behind a proxy.
 type Backend struct {
 	Name string
-	Node string // the member it runs on, whose agent is its first-hand witness; empty: none
+	Node string // the member it runs on, whose own agent sees it first-hand; empty: none
 }
 
 // Report is what one member's own checks say about one backend.
@@ -146,7 +146,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 	return s
 }
 
-// judge weighs the evidence. The witness's word counts beside the own check because it
+// judge weighs the evidence. The word of the backend's own node counts beside the own check because it
 // sees a failing API server without the network between, and often earlier; others'
 // words do not, since their failed checks may be due to their own network.
 func (v *View) judge(now time.Duration, b Backend) (State, string) {
@@ -157,11 +157,11 @@ func (v *View) judge(now time.Duration, b Backend) (State, string) {
 	if o.last.State == Down {
 		return Down, o.down()
 	}
-	witness := v.report(now, b.Node, b.Name)
+	firstHand := v.report(now, b.Node, b.Name)
 	switch {
-	case witness.State == Down:
-		return Down, witness.Reason + " (seen by " + b.Node + ")"
-	case witness.State == Up, o.last.State == Up:
+	case firstHand.State == Down:
+		return Down, firstHand.Reason + " (seen by " + b.Node + ")"
+	case firstHand.State == Up, o.last.State == Up:
 		return Up, ""
 	case o.reason != "":
 		return Down, o.reason

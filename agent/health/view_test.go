@@ -29,7 +29,7 @@ func TestView(t *testing.T) {
 		name string
 		do   func(*View)
 		at   time.Duration
-		want string // of backend b, whose witness is cp-2: state, reason, seen up by
+		want string // of backend b, whose node is cp-2: state, reason, seen up by
 	}{
 		{"nothing known", func(*View) {}, s, "down: not checked yet []"},
 		{"own check up", func(v *View) { v.Observe(s, "b", up(0)) }, s, "up:  [cp-1]"},
@@ -41,22 +41,22 @@ func TestView(t *testing.T) {
 		{"own check failing, not known yet", func(v *View) {
 			v.Observe(s, "b", Result{Reason: "HTTP 503"})
 		}, s, "down: HTTP 503 []"},
-		{"witness up, own not known", func(v *View) {
+		{"its node up, own not known", func(v *View) {
 			v.Hear(s, "cp-2", []Report{{"b", Up, ""}})
 		}, s, "up:  [cp-2]"},
-		{"witness up, own down", func(v *View) {
+		{"its node up, own down", func(v *View) {
 			v.Observe(s, "b", down("timeout after 400ms"))
 			v.Hear(s, "cp-2", []Report{{"b", Up, ""}})
 		}, s, "down: timeout after 400ms [cp-2]"},
-		{"witness down, own up", func(v *View) {
+		{"its node down, own up", func(v *View) {
 			v.Observe(s, "b", up(0))
 			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
 		}, s, "down: HTTP 503 (seen by cp-2) [cp-1]"},
-		{"witness down, long ago", func(v *View) {
+		{"its node down, long ago", func(v *View) {
 			v.Observe(s, "b", up(0))
 			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
 		}, s + fresh + 1, "up:  [cp-1]"},
-		{"witness takes it back", func(v *View) {
+		{"its node takes it back", func(v *View) {
 			v.Observe(s, "b", up(0))
 			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
 			v.Hear(s, "cp-2", nil)
