@@ -5,6 +5,9 @@ export CGO_ENABLED ?= 0
 # Tools, each with a module file of its own, so that go.mod lists what the product links.
 TOOL     = go tool -modfile=deploy/tools/$(1).mod $(2)
 
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+STAMP    = -X github.com/hamesh/hamesh/agent.stamp=$(VERSION) -X github.com/hamesh/hamesh/cli.stamp=$(VERSION)
+
 .DEFAULT_GOAL := help
 .PHONY: help build demo test sim bench chaos fuzz lint generate clean
 
@@ -12,7 +15,7 @@ help: ## print this
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/hameshd and bin/hactl, static
-	go build -trimpath -ldflags '-s -w' -o bin/ ./agent/hameshd ./cli/hactl
+	go build -trimpath -ldflags '-s -w $(STAMP)' -o bin/ ./agent/hameshd ./cli/hactl
 
 demo: ## the main job on this machine, in network namespaces (KEEP=1: leave it running)
 	go build -o bin/ ./deploy/lab/hamesh-lab

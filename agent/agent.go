@@ -32,10 +32,16 @@ import (
 	"github.com/hamesh/hamesh/server"
 )
 
-// Version is the agent's, as the module was built.
+// stamp is set when a release is linked (-ldflags -X).
+var stamp string
+
+// Version is the agent's: as it was linked, else as the module was built.
 var Version = buildVersion()
 
 func buildVersion() string {
+	if stamp != "" {
+		return stamp
+	}
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		return info.Main.Version
 	}

@@ -753,3 +753,35 @@ func TestWitness(t *testing.T) {
 		t.Errorf("%s owns the VIP", next.Name)
 	}
 }
+
+// TestNoAPIServer checks that a VIP is owned before any API server is there: the first
+// one is installed through it.
+func TestNoAPIServer(t *testing.T) {
+	m := newMesh(t, lab.Options{Agentless: true})
+	for _, n := range m.Nodes {
+		if err := n.API.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.StartAgent(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := owner(t, m)
+	s, err := n.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.GetState() != hameshv1.State_STATE_DOWN {
+		t.Errorf("no API server anywhere, and the state is %v", s.GetState())
+	}
+	if err := m.Nodes[0].API.Start(); err != nil {
+		t.Fatal(err)
+	}
+	from := time.Now()
+	run := load(t, m, lab.Load{Rate: 20})
+	time.Sleep(3 * time.Second)
+	if r := stop(t, run, from.Add(time.Second)); r.Failed > 0 || r.Backends[m.Nodes[0].Name] == 0 {
+		t.Errorf("with one API server: %d failed %v, answered by %v", r.Failed, r.Errors, r.Backends)
+	}
+	never(t, m, from, 0)
+}

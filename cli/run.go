@@ -138,10 +138,16 @@ func (c *command) checkFlags() error {
 	return nil
 }
 
-// Version is the CLI's, as the module was built.
+// stamp is set when a release is linked (-ldflags -X).
+var stamp string
+
+// Version is the CLI's: as it was linked, else as the module was built.
 var Version = buildVersion()
 
 func buildVersion() string {
+	if stamp != "" {
+		return stamp
+	}
 	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
 		return info.Main.Version
 	}

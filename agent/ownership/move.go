@@ -188,6 +188,12 @@ func (m *Machine) follow(now Instant, v *vip) {
 			return
 		}
 		if mv.epoch == 0 {
+			if m.stopping && mv.fencing {
+				// Without a store nothing can be handed over in order. The address goes off,
+				// which settles the move too, should it have been committed.
+				m.failMove(now, v, StoreSilent)
+				return
+			}
 			if mv.ordered && now.Sub(mv.since) > 2*m.cfg.Timing.LeaseTTL {
 				m.progress(v, Failed, StoreSilent)
 				mv.ordered = false // nobody waits any more; the fence goes on
