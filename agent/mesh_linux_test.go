@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -23,6 +24,13 @@ import (
 
 // leaseTTL is the default profile's.
 const leaseTTL = 3 * time.Second
+
+// How long some things last: long enough here to see what happens, and longer by hand:
+// go test ./agent -run 'TestStoreOutage|TestFrozenOwner' -v -outage 60s -freeze 30s
+var (
+	outage = flag.Duration("outage", 2*leaseTTL, "how long the store is away in TestStoreOutage")
+	freeze = flag.Duration("freeze", leaseTTL+2*time.Second, "how long the agent stands still in TestFrozenOwner")
+)
 
 // newMesh makes a mesh that ends with the test. Agents with certificates are the
 // standard; a data race in any of them fails the test.
@@ -572,7 +580,7 @@ func TestStoreOutage(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Longer than the lease's TTL, so that the record goes when the store comes back.
-	time.Sleep(2 * leaseTTL)
+	time.Sleep(*outage)
 	during, err := n.Status()
 	if err != nil {
 		t.Fatal(err)
@@ -630,7 +638,7 @@ func TestFrozenOwner(t *testing.T) {
 	if h.LongestSeveral > leaseTTL+500*time.Millisecond {
 		t.Errorf("two kernels had the address for %v", h.LongestSeveral)
 	}
-	time.Sleep(time.Second)
+	time.Sleep(time.Until(from.Add(*freeze)))
 	thawed := time.Now()
 	if err := n.Thaw(); err != nil {
 		t.Fatal(err)
