@@ -118,7 +118,7 @@ func newKeeperRig(t *testing.T, wrap func(*vip.Kernel) kernel) *keeperRig {
 		}
 	}
 	r.silence = func(string) {}
-	r.take, r.give, r.keeper.held = func(ownership.Hold) {}, func(ownership.Hold) {}, func(ownership.Hold) {}
+	r.take, r.give, r.held = func(ownership.Hold) {}, func(ownership.Hold) {}, func(ownership.Hold) {}
 	begun := time.Now()
 	r.now = func() ownership.Instant { return ownership.Instant(time.Hour).Add(time.Since(begun)) }
 	return r

@@ -13,7 +13,7 @@ import (
 func watch(agent int, commands *os.File, watching func()) (ending, error) {
 	fd, err := unix.PidfdOpen(agent, 0)
 	if err == nil {
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 	}
 	// A process whose parent ends gets another one for good. Still the agent's child after
 	// the open, it was so before, and that process id could be nobody else's.
