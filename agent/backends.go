@@ -40,8 +40,13 @@ type service struct {
 	statuses []health.Status
 	reported map[string]map[string]*hameshv1.BackendReport // member → backend → its last report
 	serving  bool
-	blocked  string // why the way through the proxy does not work; empty: it does
+	blind    time.Time // since when others see a healthy API server and this node none; zero: not so
+	blocked  string    // why the way through the proxy does not work; empty: it does
 }
+
+// blindFor is how long a node may see no healthy API server while others see one: when the
+// first one comes up, not everybody sees it at once.
+const blindFor = 2 * time.Second
 
 // throughFall is how many checks through the proxy must fail in a row before this node
 // counts as unfit: one backend that hangs costs as many as its own checks take to find it.
@@ -115,6 +120,12 @@ func (s *service) run(ctx context.Context) error {
 				return nil
 			case <-tick.C:
 				s.update(func(time.Duration) {})
+				s.mu.Lock()
+				blind := !s.blind.IsZero()
+				s.mu.Unlock()
+				if blind {
+					s.changed() // to be judged again
+				}
 			}
 		}
 	})
@@ -159,9 +170,15 @@ func (s *service) unfit() string {
 		seen = seen || len(st.SeenUpBy) > 0
 	}
 	switch {
+	case usable || !seen:
+		s.blind = time.Time{}
+	case s.blind.IsZero():
+		s.blind = time.Now()
+	}
+	switch {
 	case !s.serving:
 		return "proxy " + s.cfg.Name + " does not accept connections"
-	case seen && !usable:
+	case seen && !usable && time.Since(s.blind) >= blindFor:
 		return "proxy " + s.cfg.Name + " sees no healthy API server, and others do"
 	case usable && s.blocked != "":
 		return "a connection through proxy " + s.cfg.Name + " fails: " + s.blocked

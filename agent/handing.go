@@ -26,9 +26,6 @@ const (
 	// drainMin is how long a drain lasts at least: connections that were being made when
 	// the VIP moved, and news of the drain in heartbeats, have arrived by then.
 	drainMin = time.Second
-	// giveWithin bounds what stands between the decision to take an address off and doing
-	// it: rather lose connections than hold up the withdrawal.
-	giveWithin = 50 * time.Millisecond
 )
 
 // drainer is what handing needs of package handover.
@@ -52,11 +49,14 @@ type drainer interface {
 // know that yet, packets may go round until their hop limit ends them; that costs a
 // retransmission, where a gap in the chain would cost the connection.
 type handing struct {
-	self    string
-	kernel  drainer // nil: this kernel cannot, moves reset connections
-	ports   []uint16
-	address func(vip string) netip.Addr
-	member  func(name string) netip.Addr
+	self string
+	// patience bounds what stands between the decision to take an address off and doing it,
+	// half of S: rather lose connections than hold up the withdrawal.
+	patience time.Duration
+	kernel   drainer // nil: this kernel cannot, moves reset connections
+	ports    []uint16
+	address  func(vip string) netip.Addr
+	member   func(name string) netip.Addr
 	// peer says whether another member serves connections of the VIP that it gave away,
 	// and whom it forwards others to, or did before it became the owner.
 	peer func(name, vip string) (keeps bool, next string)
@@ -125,7 +125,7 @@ func (h *handing) within(vip string, f func(v *handed)) {
 	}()
 	select {
 	case <-done:
-	case <-time.After(giveWithin):
+	case <-time.After(h.patience):
 		h.log.Warn("keeping connections takes too long; the address goes first", "vip", vip)
 	}
 }
@@ -268,7 +268,7 @@ func (h *handing) died(member string, owner func(vip string) string) {
 // openHanding connects to the kernel and sweeps; a kernel that cannot do it is no error.
 func (a *Agent) openHanding() {
 	h := &handing{
-		self: a.cfg.Node.Name, log: a.log.Named("handover"), vips: map[string]*handed{},
+		self: a.cfg.Node.Name, patience: a.cfg.Timing.SuspectAfter / 2, log: a.log.Named("handover"), vips: map[string]*handed{},
 		address: func(vip string) netip.Addr { return a.vip(vip).Address },
 		member: func(name string) netip.Addr {
 			for _, m := range a.cfg.Members {

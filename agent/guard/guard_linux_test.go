@@ -267,7 +267,7 @@ func TestLateMember(t *testing.T) {
 	n.awaitHeld(time.Second)
 	await(t, time.Second, "the prompt member hears", func() bool { return len(prompt.heard()) == 1 })
 	// The VIPs are off: the next agent need not wait for the rest.
-	must(t, n.tryLock())
+	await(t, time.Second, "the lock is free", func() bool { return n.tryLock() == nil })
 	must(t, n.ports["cp-3"].Mend())
 	late := n.join("cp-3", server.Options{Insecure: true})
 	if status := a.waitGuard(); status != exitOK {
