@@ -671,7 +671,7 @@ func TestStreamsOutliveMoves(t *testing.T) {
 	streams, broken := 60, 0
 	if raceDetector {
 		// What is late there is lost. make test runs this test once more without it.
-		streams, broken = 20, 15
+		streams, broken = 20, 5
 	}
 	run := load(t, m, lab.Load{Rate: 100, Streams: streams})
 	time.Sleep(time.Second)
