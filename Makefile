@@ -24,7 +24,6 @@ demo: ## the main job on this machine, in network namespaces (KEEP=1: leave it r
 # One package at a time: most of them time real kernels and sockets.
 test: ## all tests, with the race detector, on real namespaces
 	CGO_ENABLED=1 go test -race -p 1 -timeout 20m $(ARGS) ./...
-	go test -count 1 ./agent -run 'TestStreamsOutliveMoves|TestMesh$$' # at full load
 
 SEEDS ?= 2000
 sim: ## simulate the ownership protocol: SEEDS=2000

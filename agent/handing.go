@@ -20,8 +20,9 @@ const (
 	// milliseconds where there are thousands; chainLook how often the chain is looked at.
 	drainLook = time.Second
 	chainLook = 50 * time.Millisecond
-	// chainMin is how long a forward stays what a move has made it: by then the giver's
-	// heartbeats say that it keeps connections.
+	// chainMin is how long after a change of the owner forwards stay what they are: by then
+	// the segment has learned where the address is, and the giver's heartbeats say that it
+	// keeps connections.
 	chainMin = 250 * time.Millisecond
 	// drainMin is how long a drain lasts at least: connections that were being made when
 	// the VIP moved, and news of the drain in heartbeats, have arrived by then.
@@ -73,10 +74,12 @@ type handed struct {
 	keptSince time.Time // zero: nothing is kept here
 	// told is how many connections were kept when last counted, for heartbeats; -1: none
 	// are kept. It is read by the ownership loop, which must not wait for mu.
-	told      atomic.Int64
-	from      string // member to which unknown packets are forwarded; empty: none
-	fromSince time.Time
-	toldFrom  atomic.Pointer[string] // from, for heartbeats
+	told     atomic.Int64
+	from     string                 // member to which unknown packets are forwarded; empty: none
+	toldFrom atomic.Pointer[string] // from, for heartbeats
+	owner    string                 // when the chain was last looked at
+	// since is when from or the owner last changed.
+	since time.Time
 }
 
 // behind follows the chain from a member to the first one that serves connections and is
@@ -109,7 +112,7 @@ func (h *handing) forward(vip string, v *handed, to string) {
 		h.log.Warn("could not change where unknown connections go", "vip", vip, "peer", to, "error", err)
 		return
 	}
-	v.from, v.fromSince = to, time.Now()
+	v.from, v.since = to, time.Now()
 	v.toldFrom.Store(&to)
 }
 
@@ -135,8 +138,7 @@ func (h *handing) give(hold ownership.Hold) {
 	if h.kernel == nil || !hold.Planned {
 		return
 	}
-	// Where this node forwards to the taker, it goes on to for a moment: until the segment
-	// has learned where the VIP is now, packets of the taker's connections come here.
+	// Where this node forwards to the taker, it goes on to for a moment; see lookChain.
 	h.within(hold.VIP, func(v *handed) {
 		v.gen = hold.Gen
 		if err := h.kernel.Keep(h.address(hold.VIP)); err != nil {
@@ -151,7 +153,7 @@ func (h *handing) give(hold ownership.Hold) {
 // take prepares for the address to be put on. Taken from nobody, or from a dead one, what
 // is unknown here is to be reset.
 func (h *handing) take(hold ownership.Hold) {
-	if h.kernel == nil || *h.vips[hold.VIP].toldFrom.Load() == hold.Peer {
+	if h.kernel == nil {
 		return
 	}
 	h.within(hold.VIP, func(v *handed) { h.forward(hold.VIP, v, hold.Peer) })
@@ -208,9 +210,7 @@ func (h *handing) run(ctx context.Context, owner func(vip string) string) error 
 			})
 		case <-chain.C:
 			h.each(func(vip string, v *handed) {
-				if v.from != "" && time.Since(v.fromSince) >= chainMin {
-					h.forward(vip, v, h.behind(vip, v.from, owner(vip)))
-				}
+				h.lookChain(vip, v, owner(vip))
 			})
 		}
 	}
@@ -221,6 +221,18 @@ func (h *handing) each(look func(vip string, v *handed)) {
 	defer h.mu.Unlock()
 	for vip, v := range h.vips {
 		look(vip, v)
+	}
+}
+
+// lookChain leaves out of the chain who is in it no longer. A new owner, which nobody has
+// to forward to, is known to be that before it has the address: until the segment sends
+// there, who forwarded to it goes on to.
+func (h *handing) lookChain(vip string, v *handed, owner string) {
+	if owner != v.owner {
+		v.owner, v.since = owner, time.Now()
+	}
+	if v.from != "" && time.Since(v.since) >= chainMin {
+		h.forward(vip, v, h.behind(vip, v.from, owner))
 	}
 }
 

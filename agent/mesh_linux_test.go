@@ -25,9 +25,8 @@ import (
 // leaseTTL is the default profile's.
 const leaseTTL = 3 * time.Second
 
-// planned is how long a VIP may be without a holder where it is handed over in order:
-// milliseconds, but for a machine that is short of processors and runs the race detector.
-const planned = 500 * time.Millisecond
+// planned is how long a VIP may be without a holder where it is handed over in order.
+const planned = 50 * time.Millisecond
 
 // How long some things last: long enough here to see what happens, and longer by hand:
 // go test ./agent -run 'TestStoreOutage|TestFrozenOwner' -v -outage 60s -freeze 30s
@@ -108,9 +107,6 @@ func move(t *testing.T, m *lab.Mesh, to *lab.Node) {
 func load(t *testing.T, m *lab.Mesh, l lab.Load) *lab.Run {
 	t.Helper()
 	l.Target = m.VIP()
-	if raceDetector { // two processors do not carry that many handshakes with it
-		l.Rate /= 5
-	}
 	run, err := m.Client.Start(l)
 	if err != nil {
 		t.Fatal(err)
@@ -245,7 +241,7 @@ func TestMesh(t *testing.T) {
 		}
 		r := stop(t, run, from)
 		t.Logf("%d requests, %d failed %v, longest gap %v", r.Requests, r.Failed, r.Errors, r.Gap)
-		if r.Requests < 200 || (r.Failed*1000 > r.Requests && !raceDetector) || r.Failed*10 > r.Requests {
+		if r.Requests < 200 || r.Failed*1000 > r.Requests {
 			t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
 		}
 		for source, backends := range r.BySource {
@@ -318,7 +314,7 @@ func TestMesh(t *testing.T) {
 		time.Sleep(700 * time.Millisecond)
 		r := stop(t, run, from)
 		t.Logf("%d requests, %d failed %v, longest gap %v", r.Requests, r.Failed, r.Errors, r.Gap)
-		if r.Failed > 1 && (!raceDetector || r.Failed*10 > r.Requests) {
+		if r.Failed > 1 {
 			t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
 		}
 		never(t, m, from, planned)
@@ -668,11 +664,7 @@ func TestStreamsOutliveMoves(t *testing.T) {
 	owner(t, m)
 	healthy(t, m)
 	from := time.Now()
-	streams, broken := 60, 0
-	if raceDetector {
-		// What is late there is lost. make test runs this test once more without it.
-		streams, broken = 20, 5
-	}
+	const streams = 60
 	run := load(t, m, lab.Load{Rate: 100, Streams: streams})
 	time.Sleep(time.Second)
 	for i := range 7 { // chains, and back again
@@ -681,10 +673,10 @@ func TestStreamsOutliveMoves(t *testing.T) {
 	}
 	r := stop(t, run, from)
 	t.Logf("%d streams, %d broken %v, longest silence %v; %d requests, %d failed %v, slowest %v", r.Streams, r.Broken, r.Breaks, r.Silence, r.Requests, r.Failed, r.Errors, r.Max)
-	if r.Streams != streams || r.Broken > broken {
+	if r.Streams != streams || r.Broken > 0 {
 		t.Errorf("%d of %d streams broke: %v", r.Broken, r.Streams, r.Breaks)
 	}
-	if r.Failed > broken {
+	if r.Failed > 0 {
 		t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
 	}
 	never(t, m, from, planned)

@@ -171,19 +171,23 @@ type chain struct {
 	rules [][]expr.Any
 }
 
-// replace makes the chains all that our table of that family has, in one transaction:
-// packets meet the old rules or the new ones. It heals what others have removed, too.
+// replace makes the chains' rules all that our table of that family has, in one
+// transaction, and heals what others have removed. A packet meets the old rules or the new
+// ones: the chains stay, as one that is made anew has a hook of its own, and a packet could
+// pass the new hook before the transaction and the old one after it, unseen by both.
 func (s *sockets) replace(f nftables.TableFamily, chains ...chain) error {
 	t := s.tables.AddTable(&nftables.Table{Family: f, Name: tableName}) // so that there is one to delete
-	s.tables.DelTable(t)
+	if len(chains) == 0 {
+		s.tables.DelTable(t)
+	}
 	for _, c := range chains {
-		s.tables.AddTable(t)
 		added := s.tables.AddChain(&nftables.Chain{
 			Name: c.name, Table: t, Type: nftables.ChainTypeFilter, Hooknum: c.hook,
 			// Raw, which is before connection tracking (-200): it would take the packets
 			// for invalid ones, and other rules act on that.
 			Priority: nftables.ChainPriorityRaw,
 		})
+		s.tables.FlushChain(added)
 		for _, r := range c.rules {
 			s.tables.AddRule(&nftables.Rule{Table: t, Chain: added, Exprs: r})
 		}
