@@ -96,11 +96,11 @@ type TLS struct {
 // a holder has let go before anybody gives up on it.
 type Timing struct {
 	Profile      Profile       // which the values left out came from
-	Heartbeat    time.Duration // 5 ms to 10 s; default 100 ms, fast 20 ms
-	HoldWindow   time.Duration // how long one confirmation lets a node hold; at least 2·Heartbeat; default 300 ms, fast 60 ms
-	SuspectAfter time.Duration // silence after which a member may give up on another; default 400 ms, fast 90 ms
+	Heartbeat    time.Duration // 5 ms to 10 s; default 100 ms, fast 12 ms
+	HoldWindow   time.Duration // how long one confirmation lets a node hold; at least 2·Heartbeat; default 300 ms, fast 36 ms
+	SuspectAfter time.Duration // silence after which a member may give up on another; default 400 ms, fast 60 ms
 	LeaseTTL     time.Duration // whole seconds, 2 s to 60 s, more than SuspectAfter; default 3 s, fast 2 s
-	Margin       time.Duration // from a lapsed right to the address being off, stalls included; the profile's: 93 ms, fast 28 ms
+	Margin       time.Duration // from a lapsed right to the address being off, stalls included; the profile's: 93 ms, fast 22 ms
 }
 
 // Profile is a set of time constants that fit together. The zero Profile is invalid.

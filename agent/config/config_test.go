@@ -148,7 +148,7 @@ func TestRefused(t *testing.T) {
 		{"negative", "profile: default", "heartbeat: -1s", 17, "timing.heartbeat", "out of range"},
 		{"window below two heartbeats", "profile: default", "heartbeat: 151ms", 17, "timing.heartbeat", "less than two heartbeats of 151ms"},
 		{"suspicion too short", "profile: default", "suspectAfter: 399ms", 17, "timing.suspectAfter", "make suspectAfter at least 400ms"},
-		{"suspicion too short, fast", "profile: default", "profile: fast\n  holdWindow: 61ms", 18, "timing.holdWindow", "at least 91ms"},
+		{"suspicion too short, fast", "profile: default", "profile: fast\n  holdWindow: 38ms", 18, "timing.holdWindow", "at least 61ms"},
 		{"lease of half seconds", "profile: default", "leaseTTL: 2500ms", 17, "timing.leaseTTL", "whole number of seconds"},
 		{"lease too short", "profile: default", "leaseTTL: 1s", 17, "timing.leaseTTL", "from 2s"},
 		{"lease below suspicion", "profile: default", "suspectAfter: 3s", 17, "timing.suspectAfter", "make leaseTTL longer"},
@@ -337,9 +337,9 @@ func TestAccepted(t *testing.T) {
 		{"node fills its member", "  name: cp-1\n", "  name: cp-1\n  priority: 7\n", func(c *Config) any { return c.Members[0].Priority }, 7},
 		{"member fills the node", "name: cp-1, address: 10.77.0.11", "name: cp-1, priority: 8, address: 10.77.0.11", func(c *Config) any { return c.Node.Priority }, 8},
 		{"fast", "profile: default", "profile: fast", func(c *Config) any { return c.Timing }, Timing{
-			ProfileFast, 20 * time.Millisecond, 60 * time.Millisecond, 90 * time.Millisecond, 2 * time.Second, 28 * time.Millisecond}},
+			ProfileFast, 12 * time.Millisecond, 36 * time.Millisecond, 60 * time.Millisecond, 2 * time.Second, 22 * time.Millisecond}},
 		{"one value over the profile", "profile: default", "profile: fast\n  suspectAfter: 0.1s", func(c *Config) any { return c.Timing }, Timing{
-			ProfileFast, 20 * time.Millisecond, 60 * time.Millisecond, 100 * time.Millisecond, 2 * time.Second, 28 * time.Millisecond}},
+			ProfileFast, 12 * time.Millisecond, 36 * time.Millisecond, 100 * time.Millisecond, 2 * time.Second, 22 * time.Millisecond}},
 		{"external, plain", embedded, "external: {endpoints: [http://10.0.0.5:2379]}", func(c *Config) any { return c.Store },
 			Store{External: &External{Endpoints: []string{"http://10.0.0.5:2379"}, Prefix: "/hamesh"}}},
 		{"external, TLS, relative paths", embedded, `external: {endpoints: ["https://[fd00::5]:2379"], prefix: /a/b, tls: {caFile: ca, certFile: c/t, keyFile: /k}}`,

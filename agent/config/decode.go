@@ -194,8 +194,8 @@ var profiles = map[Profile]Timing{
 		SuspectAfter: 400 * time.Millisecond, LeaseTTL: 3 * time.Second, Margin: 93 * time.Millisecond,
 	},
 	ProfileFast: {
-		Profile: ProfileFast, Heartbeat: 20 * time.Millisecond, HoldWindow: 60 * time.Millisecond,
-		SuspectAfter: 90 * time.Millisecond, LeaseTTL: 2 * time.Second, Margin: 28 * time.Millisecond,
+		Profile: ProfileFast, Heartbeat: 12 * time.Millisecond, HoldWindow: 36 * time.Millisecond,
+		SuspectAfter: 60 * time.Millisecond, LeaseTTL: 2 * time.Second, Margin: 22 * time.Millisecond,
 	},
 }
 

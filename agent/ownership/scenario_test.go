@@ -21,7 +21,7 @@ var (
 
 var (
 	defaultTiming = Timing{Heartbeat: 100 * ms, HoldWindow: 300 * ms, SuspectAfter: 400 * ms, LeaseTTL: 3 * time.Second, Margin: 93 * ms}
-	fastTiming    = Timing{Heartbeat: 20 * ms, HoldWindow: 60 * ms, SuspectAfter: 90 * ms, LeaseTTL: 2 * time.Second, Margin: 28 * ms}
+	fastTiming    = Timing{Heartbeat: 12 * ms, HoldWindow: 36 * ms, SuspectAfter: 60 * ms, LeaseTTL: 2 * time.Second, Margin: 22 * ms}
 )
 
 // TestReplay shows that a seed says everything: it replays to the same step.

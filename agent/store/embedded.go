@@ -132,7 +132,7 @@ func startEtcd(ctx context.Context, ec *embed.Config, died <-chan string) (*embe
 // electionOf is etcd's election time-out: as short as the mesh's own suspicion, within
 // what etcd bears on a busy machine.
 func electionOf(cfg Config) time.Duration {
-	return min(max(cfg.Election, 100*time.Millisecond), time.Second)
+	return min(max(cfg.Election, 50*time.Millisecond), time.Second)
 }
 
 func etcdConfig(cfg Config, dir string) *embed.Config {
@@ -250,6 +250,8 @@ func (e *embedded) view() (leader string, members []string) {
 	}
 	return leader, members
 }
+
+func (e *embedded) newTerm() <-chan struct{} { return e.etcd.Server.FirstCommitInTermNotify() }
 
 func (e *embedded) moveLeader(ctx context.Context, to string) error {
 	s := e.etcd.Server

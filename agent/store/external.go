@@ -96,6 +96,8 @@ func (x *external) view() (string, []string) {
 	return x.leader, append([]string(nil), x.members...)
 }
 
+func (x *external) newTerm() <-chan struct{} { return nil }
+
 func (x *external) moveLeader(context.Context, string) error { return ErrNotEmbedded }
 
 // run keeps the view fresh, which is for people only.

@@ -10,6 +10,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"github.com/google/uuid"
 	"github.com/hashicorp/go-hclog"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
 
@@ -219,6 +220,9 @@ func (s *Store) poll(ctx context.Context, c *clientv3.Client, g *errgroup.Group)
 			g.Go(func() error {
 				defer func() { <-slots }()
 				err := s.read(ctx, c)
+				if errors.Is(err, rpctypes.ErrLeaderChanged) {
+					err = s.read(ctx, c) // the new one answers
+				}
 				if fatal(err) {
 					return err
 				}

@@ -76,7 +76,7 @@ type Config struct {
 	TLS      *TLSFiles // embedded: nil means no TLS at all
 
 	Boot     uint64        // this start's boot id: higher than that of every earlier start
-	Election time.Duration // embedded: etcd's election time-out, taken into 100 ms to 1 s
+	Election time.Duration // embedded: etcd's election time-out, taken into 50 ms to 1 s
 	LeaseTTL time.Duration // rounded up to whole seconds; embedded etcd grants no less than 1 s
 	Poll     time.Duration // time between reads of all records, at least 50 ms
 
@@ -97,8 +97,11 @@ const (
 	minPoll        = 50 * time.Millisecond
 	requestTimeout = time.Second
 	closeTimeout   = 5 * time.Second
-	maxWrites      = 16
-	maxPolls       = 2
+	// lateAnswer is how long a write may stay unanswered once all that was proposed before
+	// it is committed or lost: the rest of its way is within this process.
+	lateAnswer = 5 * time.Millisecond
+	maxWrites  = 16
+	maxPolls   = 2
 )
 
 // engine is one running way to an etcd.
@@ -109,6 +112,9 @@ type engine interface {
 	renew(ctx context.Context, lease clientv3.LeaseID) (ttl int64, err error)
 	view() (leader string, members []string)
 	moveLeader(ctx context.Context, to string) error
+	// newTerm ends, when read, with the first commit under a new leader: what had been
+	// proposed under the one before is committed by then, or lost. nil: cannot be known.
+	newTerm() <-chan struct{}
 	// run returns when ctx ends, or with the reason when the engine ended by itself.
 	run(ctx context.Context) error
 	close(ctx context.Context) error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -61,6 +62,22 @@ func (s *Store) write(ctx context.Context, w ownership.Write) (ownership.WriteRe
 	if w.Release {
 		put = clientv3.OpDelete(record)
 	}
+
+	// A proposal on its way to a leader that died is lost, and etcd waits for it all the same.
+	ctx, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	go func(newTerm <-chan struct{}) {
+		select {
+		case <-ctx.Done():
+			return
+		case <-newTerm:
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(lateAnswer):
+			giveUp()
+		}
+	}(eng.newTerm())
 
 	res.SentAt = s.cfg.Now()
 	resp, err := eng.client().Txn(ctx).
