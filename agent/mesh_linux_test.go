@@ -567,50 +567,83 @@ func TestDeletedByHand(t *testing.T) {
 	agree(t, m)
 }
 
-// TestStoreOutage checks that an outage of the store moves nothing and fails nobody.
+// TestStoreOutage checks that a store that is away, in whatever way, moves nothing, fails
+// nobody and leaves the segment answered, and that the same owner goes on when it is back.
 func TestStoreOutage(t *testing.T) {
-	m := newMesh(t, lab.Options{})
-	n := owner(t, m)
-	healthy(t, m)
-	before, err := n.Status()
-	if err != nil {
-		t.Fatal(err)
-	}
-	from := time.Now()
-	run := load(t, m, lab.Load{Rate: 50, Streams: 5})
-	start, err := m.StopStore()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Longer than the lease's TTL, so that the record goes when the store comes back.
-	time.Sleep(*outage)
-	during, err := n.Status()
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := during.GetVips()[0]
-	if v.GetOwner() != n.Name || v.GetRight() != hameshv1.Right_RIGHT_FAILSAFE || during.GetState() != hameshv1.State_STATE_DEGRADED || during.GetStore().GetAvailable() {
-		t.Errorf("during the outage: owner %s, right %v, state %v, store %v", v.GetOwner(), v.GetRight(), during.GetState(), during.GetStore())
-	}
-	if err := start(); err != nil {
-		t.Fatal(err)
-	}
-	healthy(t, m)
-	time.Sleep(leaseTTL)
-	r := stop(t, run, from)
-	t.Logf("%d requests, %d failed %v, longest gap %v, broken streams %d", r.Requests, r.Failed, r.Errors, r.Gap, r.Broken)
-	if r.Failed > 0 || r.Broken > 0 {
-		t.Errorf("%d requests failed (%v), %d streams broke", r.Failed, r.Errors, r.Broken)
-	}
-	if h := never(t, m, from, 0); len(h.Spans) != 1 {
-		t.Errorf("the holder changed: %+v", h.Spans)
-	}
-	after, err := n.Status()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if was, is := before.GetVips()[0].GetEpoch(), after.GetVips()[0].GetEpoch(); was != is {
-		t.Errorf("the epoch went from %d to %d", was, is)
+	for _, kind := range []struct {
+		name    string
+		options lab.Options
+		stop    func(*lab.Mesh) (start func() error, err error)
+	}{
+		{"embedded, its members apart", lab.Options{}, (*lab.Mesh).StopStore},
+		{"external, killed", lab.Options{ExternalStore: true}, func(m *lab.Mesh) (func() error, error) { return m.Store.Start, m.Store.Kill() }},
+		{"external, frozen", lab.Options{ExternalStore: true}, func(m *lab.Mesh) (func() error, error) { return m.Store.Start, m.Store.Stop() }},
+	} {
+		t.Run(kind.name, func(t *testing.T) {
+			m := newMesh(t, kind.options)
+			n := owner(t, m)
+			healthy(t, m)
+			before, err := n.Status()
+			if err != nil {
+				t.Fatal(err)
+			}
+			wire, err := m.WatchWire()
+			if err != nil {
+				t.Fatal(err)
+			}
+			from := time.Now()
+			run := load(t, m, lab.Load{Rate: 50, Streams: 5})
+			start, err := kind.stop(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Longer than the lease's TTL, so that the record goes when the store comes back.
+			time.Sleep(*outage)
+			during, err := n.Status()
+			if err != nil {
+				t.Fatal(err)
+			}
+			v := during.GetVips()[0]
+			if v.GetOwner() != n.Name || v.GetRight() != hameshv1.Right_RIGHT_FAILSAFE || during.GetState() != hameshv1.State_STATE_DEGRADED || during.GetStore().GetAvailable() {
+				t.Errorf("during the outage: owner %s, right %v, state %v, store %v", v.GetOwner(), v.GetRight(), during.GetState(), during.GetStore())
+			}
+			if err := start(); err != nil {
+				t.Fatal(err)
+			}
+			back := time.Now()
+			healthy(t, m)
+			// However long it was away: TCP alone tries again after as long once more.
+			if took := time.Since(back); took > 5*time.Second {
+				t.Errorf("the store was back in use after %v", took)
+			}
+			time.Sleep(leaseTTL)
+			r := stop(t, run, from)
+			announced := 0
+			for _, f := range wire.Frames(from, time.Now()) {
+				if f.Speaker != n.Name {
+					t.Errorf("%s spoke as the VIP", f.Speaker)
+				} else if f.Announced {
+					announced++
+				}
+			}
+			t.Logf("%d requests, %d failed %v, longest gap %v, broken streams %d; announced %d times", r.Requests, r.Failed, r.Errors, r.Gap, r.Broken, announced)
+			if r.Failed > 0 || r.Broken > 0 {
+				t.Errorf("%d requests failed (%v), %d streams broke", r.Failed, r.Errors, r.Broken)
+			}
+			if h := never(t, m, from, 0); len(h.Spans) != 1 {
+				t.Errorf("the holder changed: %+v", h.Spans)
+			}
+			if least := int(*outage / (11 * time.Second)); announced < least {
+				t.Errorf("announced %d times in %v, want at least %d", announced, *outage, least)
+			}
+			after, err := n.Status()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if was, is := before.GetVips()[0].GetEpoch(), after.GetVips()[0].GetEpoch(); was != is {
+				t.Errorf("the epoch went from %d to %d", was, is)
+			}
+		})
 	}
 }
 

@@ -276,6 +276,9 @@ func (s *Store) start(ctx context.Context) (engine, error) {
 func (s *Store) serve(ctx context.Context, eng engine) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return eng.run(ctx) })
+	if e := s.cfg.Embedded; e != nil {
+		g.Go(func() error { return s.unstick(ctx, uint16(e.PeerPort)) })
+	}
 	g.Go(func() error {
 		if err := s.introduce(ctx, eng.client()); err != nil {
 			return err
