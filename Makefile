@@ -29,10 +29,14 @@ SEEDS ?= 2000
 sim: ## simulate the ownership protocol: SEEDS=2000
 	go test ./agent/ownership -run TestSimulation -seeds=$(SEEDS) -timeout 0 -v
 
-TRIALS ?= 3
-bench: ## side-by-side benchmarks; with keepalived and haproxy where installed: TRIALS=3
+RUNS      ?= 5
+TRIALS    ?= 3
+BENCHMARK ?= deploy/lab/BENCHMARK.md
+bench: ## the relay beside haproxy (8 minutes), fail-over beside keepalived too: RUNS=5 TRIALS=3
 	go test ./agent/proxy/... -run '^$$' -bench . -benchmem
 	go build -o bin/ ./deploy/lab/hamesh-lab
+	bin/hamesh-lab bench -runs $(RUNS) -out $(BENCHMARK)
+	bin/hamesh-lab bench -idle 10000 -for 60s
 	bin/hamesh-lab failover -trials $(TRIALS) -timing default,fast $$(command -v keepalived >/dev/null && command -v haproxy >/dev/null && echo -peers)
 
 DURATION ?= 60s

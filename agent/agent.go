@@ -57,7 +57,7 @@ const (
 
 // Agent is one node's agent.
 type Agent struct {
-	cfg *config.Config
+	cfg *config.Config // as at the start: only what takes a restart is still in force
 	log hclog.Logger
 
 	store     *store.Store
@@ -68,19 +68,28 @@ type Agent struct {
 	keeper    *keeper
 	segment   *segment
 	handing   *handing
+	flows     *flows
 	loop      *loop
 	links     map[string]*peer.Link
 	services  []*service
 	server    *server.Server
 	moves     *moves
+	orders    *orders
+	events    *events
+	teller    *teller
 	board     *board
 	hearing   *hearing
+	reload    *reload               // nil: the configuration stays
+	files     *tlsfiles.Credentials // nil: insecure
 	metrics   *metrics.Metrics
+	boot      uint64
+	digests   atomic.Pointer[[]byte] // of the configuration in force
 
 	ctx    context.Context // of every task
 	group  *errgroup.Group
 	macs   atomic.Pointer[[][]byte] // of the VIPs' interfaces
 	beatAt atomic.Int64             // when the loop last stepped, Unix nanoseconds
+	joined atomic.Bool              // systemd has been told that it is ready
 
 	carrierMu sync.Mutex
 	noCarrier map[string]bool // interfaces known to have none
@@ -121,17 +130,28 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
+	a.boot = boot
+	digests := configDigests(cfg)
+	a.digests.Store(&digests)
+	if err := a.openEvents(); err != nil {
+		return nil, err
+	}
 	if err := a.openKernel(); err != nil {
 		return nil, err
 	}
 	if err := a.postGuard(boot, lock); err != nil {
 		return nil, err
 	}
+	a.orders = newOrders(a)
 	if err := a.openStore(boot); err != nil {
 		return nil, err
 	}
 	a.metrics = metrics.New(Version, a.samples)
-	for _, p := range cfg.Proxies {
+	proxies, err := shareFiles(cfg.Proxies)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range proxies {
 		s, err := newService(p, cfg.Node.Name, cfg.Timing, log, a.metrics, a.serviceChanged)
 		if err != nil {
 			return nil, fmt.Errorf("proxy %s: %w", p.Name, err)
@@ -142,6 +162,7 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 		a.closers = append(a.closers, s.proxy.Close)
 		a.services = append(a.services, s)
 	}
+	a.openFlows(boot)
 	a.moves, a.segment = newMoves(a), newSegment(a)
 	a.readMACs()
 	a.loop = &loop{
@@ -184,12 +205,19 @@ func (a *Agent) openKernel() (err error) {
 		a.board.notify()
 	}
 	a.openHanding()
-	a.keeper.take, a.keeper.give, a.keeper.held = a.handing.take, a.handing.give, a.handing.held
+	a.keeper.take, a.keeper.give = a.handing.take, a.handing.give
+	a.keeper.held = func(hold ownership.Hold) {
+		a.handing.held(hold)
+		a.flows.took(hold.VIP, hold.Gen)
+	}
 	a.keeper.announce = func(name string, epoch int64) {
 		v := a.vip(name)
 		a.announcer.Start(announce.Target{VIP: name, Addr: v.Address, Interface: v.Interface}, epoch)
 	}
-	a.keeper.silence = a.announcer.Stop
+	a.keeper.silence = func(name string) {
+		a.announcer.Stop(name)
+		a.flows.gave(name)
+	}
 	return nil
 }
 
@@ -227,6 +255,7 @@ func (a *Agent) openStore(boot uint64) (err error) {
 		Mesh: a.cfg.Mesh, Member: a.cfg.Node.Name, DataDir: a.cfg.DataDir, Boot: boot,
 		Election: a.cfg.Timing.SuspectAfter * 5 / 8,
 		LeaseTTL: a.cfg.Timing.LeaseTTL, Poll: a.timing().StorePoll(), Now: now, Log: a.log.Named("store"),
+		OnOrders: a.orders.put,
 	}
 	for _, m := range a.cfg.Members {
 		c.Members = append(c.Members, store.Member{Name: m.Name, Address: m.Address})
@@ -252,11 +281,11 @@ func (a *Agent) openMesh() (err error) {
 	client := func(string) credentials.TransportCredentials { return nil }
 	options := server.Options{Mesh: a.cfg.Mesh, Node: a.cfg.Node.Name, Insecure: a.cfg.TLS.Insecure, Log: a.log.Named("server")}
 	if !a.cfg.TLS.Insecure {
-		files, err := tlsfiles.Open(a.cfg.TLS.CAFile, a.cfg.TLS.CertFile, a.cfg.TLS.KeyFile)
+		a.files, err = tlsfiles.Open(a.cfg.TLS.CAFile, a.cfg.TLS.CertFile, a.cfg.TLS.KeyFile)
 		if err != nil {
 			return err
 		}
-		options.TLS, client = files.Server(), files.Client
+		options.TLS, client = a.files.Server(), a.files.Client
 	}
 	for _, m := range a.cfg.Members {
 		options.Members = append(options.Members, m.Name)
@@ -269,7 +298,12 @@ func (a *Agent) openMesh() (err error) {
 			OnAck: func(ack *hameshv1.ExchangeResponse, took time.Duration) { a.acked(m.Name, ack, took) },
 		})
 	}
-	a.server, err = server.New(options, a, a.moves, a)
+	control := struct {
+		*moves
+		*orders
+		*crashes
+	}{a.moves, a.orders, &crashes{agent: a}}
+	a.server, err = server.New(options, a, a.events, control, a)
 	return err
 }
 
@@ -283,10 +317,16 @@ func (a *Agent) ownershipConfig(boot uint64) ownership.Config {
 	for _, m := range a.cfg.Members {
 		c.Members = append(c.Members, ownership.Member{Name: m.Name, Witness: m.Role == config.Witness, Priority: m.Priority})
 	}
-	for _, v := range a.cfg.VIPs {
-		c.VIPs = append(c.VIPs, ownership.VIP{Name: v.Name, Preferred: v.Preferred, Preempt: v.Preempt})
-	}
+	c.VIPs = preferences(a.cfg)
 	return c
+}
+
+// preferences are the VIPs, as far as ownership has to know.
+func preferences(c *config.Config) (all []ownership.VIP) {
+	for _, v := range c.VIPs {
+		all = append(all, ownership.VIP{Name: v.Name, Preferred: v.Preferred, Preempt: v.Preempt})
+	}
+	return all
 }
 
 // Close lets go of what New has taken.
@@ -314,6 +354,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer cancel()
 	a.group, a.ctx = errgroup.WithContext(tasks)
 	a.beatAt.Store(time.Now().UnixNano())
+	a.events.record(&hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_AGENT_STARTED, Message: "the agent of " + a.cfg.Node.Name + " has started, version " + Version})
 
 	a.task("store", a.store.Run)
 	a.task("ownership loop", a.loop.run)
@@ -332,14 +373,23 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.task("journal", a.journal)
 	a.task("hearing", func(ctx context.Context) error { return a.hearing.run(ctx, a.heard) })
 	a.task("mourner", a.mourn)
-	for _, l := range a.links {
+	a.task("orders", a.orders.run)
+	a.task("events", a.events.run)
+	a.task("event teller", func(ctx context.Context) error { return a.teller.watch(ctx, a.Status, a.Changed) })
+	a.task("flows", a.flows.run)
+	for member, l := range a.links {
 		a.task(l.String(), l.Run)
+		a.task("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l.Mesh) })
+		a.task("events of "+member, func(ctx context.Context) error { return a.events.follow(ctx, member, l) })
 	}
 	for _, s := range a.services {
 		a.task(s.String(), s.run)
 	}
 	a.task("store steering", a.steerStore)
 	a.task("readiness", a.tellReady)
+	if a.reload != nil {
+		a.task("reload", a.reload.run)
+	}
 
 	select {
 	case <-a.ctx.Done(): // a task has failed
@@ -368,6 +418,7 @@ func (a *Agent) task(name string, run func(context.Context) error) {
 // whether that came to its end.
 func (a *Agent) handOver() bool {
 	a.log.Info("stopping: handing over")
+	a.events.record(&hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_AGENT_STOPPING, Message: "the agent of " + a.cfg.Node.Name + " was told to stop"})
 	a.loop.post(a.ctx, ownership.Shutdown{})
 	select {
 	case <-a.stopped:
@@ -431,6 +482,7 @@ func (a *Agent) tellReady(ctx context.Context) error {
 			ready = true
 			a.log.Info("ready", "mesh", a.cfg.Mesh, "node", a.cfg.Node.Name, "version", Version)
 			_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+			a.joined.Store(true)
 			limit, _ := daemon.SdWatchdogEnabled(false)
 			if limit == 0 {
 				return nil
@@ -454,7 +506,7 @@ func (a *Agent) broadcast(b ownership.Heartbeat) {
 
 // complete adds to a heartbeat what is not the ownership protocol's.
 func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
-	h.Version = Version
+	h.Version, h.ConfigDigests = Version, *a.digests.Load()
 	h.Reason, h.Macs = *a.board.reason.Load(), *a.macs.Load()
 	for _, v := range h.GetVips() {
 		keeps, n, to := a.handing.keeps(v.GetName())
@@ -559,6 +611,7 @@ func (a *Agent) mourn(ctx context.Context) error {
 			for member := range lost {
 				a.handing.died(member, a.ownerOf)
 			}
+			poke(a.flows.wake)
 			for _, s := range a.services {
 				s.setDead(dead)
 			}
@@ -581,13 +634,16 @@ func (a *Agent) serviceChanged() {
 func (a *Agent) judgeEligibility() {
 	reason := a.unfit()
 	a.board.reason.Store(&reason)
-	a.loop.post(a.ctx, ownership.Eligibility{Eligible: reason == ""})
+	a.loop.post(a.ctx, ownership.Eligibility{Eligible: reason == "", Reason: reason})
 }
 
 // unfit is why this node may not take a VIP; empty: it may.
 func (a *Agent) unfit() string {
 	if a.cfg.Node.Role == config.Witness {
 		return "witness"
+	}
+	if reason := a.orders.unfit(); reason != "" {
+		return reason
 	}
 	a.carrierMu.Lock()
 	defer a.carrierMu.Unlock()
@@ -609,6 +665,9 @@ func (a *Agent) unfit() string {
 func (a *Agent) watchKernel(ctx context.Context) error {
 	a.judgeEligibility() // a witness, or a node without proxies, may never hear of a change
 	for c := range a.kernel.Watch(ctx) {
+		if a.keeper.wants(c.VIP) {
+			a.teller.address(c)
+		}
 		switch c.Kind {
 		case vip.Disappeared:
 			a.keeper.refresh() // puts it on again only where it is wanted
@@ -643,7 +702,8 @@ func (a *Agent) progress(p ownership.MoveProgress) {
 
 // changed notes a change of ownership; the log, which may block, gets it elsewhere.
 func (a *Agent) changed(c ownership.Change) {
-	a.board.noteChange(c, time.Now())
+	was, known := a.board.noteChange(c, time.Now())
+	a.teller.owned(was, known, c)
 	select {
 	case a.changes <- c:
 	default:

@@ -31,7 +31,8 @@ var mayImport = map[string]struct {
 	"cli":                   {[]string{"cli/pki", "gen/*"}, "knows agents only by their API, and runs on other systems too"},
 	"cli/hactl":             {[]string{"cli"}, "ten lines"},
 	"deploy/lab":            {[]string{"gen/*"}, "agent and CLI are processes to it, whatever they are made of"},
-	"deploy/lab/hamesh-lab": {[]string{"agent", "cli", "deploy/lab"}, "agent and CLI in one program, for the demo"},
+	"deploy/lab/hamesh-lab": {[]string{"agent", "cli", "deploy/lab", "deploy/lab/load"}, "agent and CLI in one program, for the demo"},
+	"deploy/lab/load":       {[]string{"deploy/lab"}, "its processes run on the lab's hosts"},
 	"server":                {[]string{"gen/*"}, "declares the interfaces it needs itself"},
 }
 

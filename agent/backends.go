@@ -2,7 +2,7 @@ package agent
 
 import (
 	"context"
-	"net/netip"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/hamesh/hamesh/agent/config"
 	"github.com/hamesh/hamesh/agent/health"
@@ -22,13 +23,13 @@ import (
 // service is one proxy with what is known of its backends: its own checks, what other
 // members report, who is dead. Whatever of that changes, the proxy is told at once.
 type service struct {
-	cfg    config.Proxy
-	proxy  *proxy.Proxy
-	probes map[string]*probe.Probe
-	// through checks the whole way as a client goes it: through this proxy to whatever
-	// backend it chooses.
-	through *probe.Probe
+	cfg     config.Proxy // of what another plan may change only Backends and HealthCheck are current; guarded by mu
+	self    string
+	proxy   *proxy.Proxy
+	probes  []*probe.Probe // those that run, or are to run first
+	plans   chan *plan     // to be put into force
 	log     hclog.Logger
+	metrics *metrics.Metrics
 	// changed is called after the view or the own checks have changed.
 	changed func()
 	// reports is what this member's own checks say, for its heartbeats: no older than
@@ -54,47 +55,60 @@ const throughFall = 3
 
 func newService(cfg config.Proxy, self string, timing config.Timing, log hclog.Logger, m *metrics.Metrics, changed func()) (*service, error) {
 	s := &service{
-		cfg: cfg, log: log, changed: changed,
-		probes: map[string]*probe.Probe{}, reported: map[string]map[string]*hameshv1.BackendReport{},
+		cfg: cfg, self: self, log: log, metrics: m, changed: changed, plans: make(chan *plan),
+		view:     health.NewView(health.Config{Self: self, Fresh: timing.SuspectAfter}),
+		reported: map[string]map[string]*hameshv1.BackendReport{},
 	}
-	viewed := health.Config{Self: self, Fresh: timing.SuspectAfter}
-	pcfg := proxy.Config{Name: cfg.Name, Port: cfg.Port, OnDown: proxy.OnDownClose, Log: log.Named("proxy"), OnConnectFailure: s.connectFailed}
-	if cfg.OnDown == config.Drain {
-		pcfg.OnDown = proxy.OnDownDrain
-	}
-	for _, b := range cfg.Backends {
-		viewed.Backends = append(viewed.Backends, health.Backend{Name: b.Name, Node: b.Node})
-		pcfg.Backends = append(pcfg.Backends, proxy.Backend{Name: b.Name, Address: b.Address})
-		p, err := probe.New(probe.Config{
-			Address: b.Address, Scheme: probeSchemes[cfg.HealthCheck.Scheme], Path: cfg.HealthCheck.Path, CAFile: cfg.HealthCheck.CAFile,
-			Interval: cfg.HealthCheck.Interval, Timeout: cfg.HealthCheck.Timeout, Rise: cfg.HealthCheck.Rise, Fall: cfg.HealthCheck.Fall,
-			OnResult: func(r health.Result) {
-				m.Observe(cfg.Name, b.Name, r.Took)
-				s.observe(b.Name, r)
-			},
-		})
-		if err != nil {
-			return nil, err
-		}
-		s.probes[b.Name] = p
-	}
-	var err error
-	s.through, err = probe.New(probe.Config{
-		Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), cfg.Port),
-		Scheme:  probeSchemes[cfg.HealthCheck.Scheme], Path: cfg.HealthCheck.Path,
-		Interval: 2 * cfg.HealthCheck.Interval, Timeout: 2 * cfg.HealthCheck.Timeout, Rise: 1, Fall: throughFall,
-		OnResult: s.throughResult,
-	})
+	first, err := s.plan(cfg)
 	if err != nil {
 		return nil, err
 	}
-	s.view = health.NewView(viewed)
-	s.statuses = s.view.Backends(0)
-	if s.proxy, err = proxy.New(pcfg); err != nil {
+	if s.proxy, err = proxy.New(first.relay); err != nil {
 		return nil, err
 	}
+	s.probes = first.probes
+	s.view.SetBackends(first.viewed)
+	s.statuses = s.view.Backends(0)
 	s.report()
 	return s, nil
+}
+
+// proxyConfig is what a proxy's configuration says about relaying, backends aside.
+func proxyConfig(cfg config.Proxy) proxy.Config {
+	return proxy.Config{
+		Name: cfg.Name, Port: cfg.Port,
+		OnDown:       map[config.OnDown]proxy.OnDown{config.Close: proxy.OnDownClose, config.Drain: proxy.OnDownDrain}[cfg.OnDown],
+		DrainTimeout: cfg.DrainTimeout, LoadFactor: cfg.LoadFactor, SlowStart: cfg.SlowStart,
+		Limits: proxy.Limits{Connections: cfg.Limits.Connections, PerClient: cfg.Limits.PerClient},
+		ConnectionLog: map[config.ConnectionLog]proxy.ConnectionLog{
+			config.LogOff: proxy.LogOff, config.LogErrors: proxy.LogErrors, config.LogAll: proxy.LogAll,
+		}[cfg.ConnectionLog],
+		Greeting: map[config.ProxyProtocol]proxy.Greeting{
+			config.ProxyProtocolNone: proxy.GreetingNone, config.ProxyProtocolV2: proxy.GreetingV2,
+		}[cfg.ProxyProtocol],
+	}
+}
+
+// reservedFiles are the descriptors that are left to everything but clients' connections:
+// the store, the members, the metrics, checks, pipes.
+const reservedFiles = 512
+
+// shareFiles limits the connections of each proxy whose configuration does not, to what
+// there are descriptors for: two each. Go raises the soft limit to the hard one at start.
+func shareFiles(proxies []config.Proxy) ([]config.Proxy, error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return nil, fmt.Errorf("reading the limit of open files: %w", err)
+	}
+	shared := slices.Clone(proxies)
+	for i := range shared {
+		if shared[i].Limits.Connections == 0 {
+			// 1<<21 stands for no limit.
+			files := max(int(min(limit.Cur, 1<<21))-reservedFiles, reservedFiles)
+			shared[i].Limits.Connections = files / 2 / len(shared)
+		}
+	}
+	return shared, nil
 }
 
 var probeSchemes = map[config.Scheme]probe.Scheme{
@@ -106,35 +120,34 @@ func (s *service) String() string { return "proxy " + s.cfg.Name }
 // run checks and serves until ctx ends; a proxy that stops accepting ends it.
 func (s *service) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	for _, p := range s.probes {
-		group.Go(func() error { return p.Run(ctx) })
-	}
-	group.Go(func() error { return s.through.Run(ctx) })
-	// Reports of other members go stale without anything happening.
-	group.Go(func() error {
-		tick := time.NewTicker(s.cfg.HealthCheck.Interval / 2)
-		defer tick.Stop()
-		for {
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-tick.C:
-				s.update(func(time.Duration) {})
-				s.mu.Lock()
-				blind := !s.blind.IsZero()
-				s.mu.Unlock()
-				if blind {
-					s.changed() // to be judged again
-				}
-			}
-		}
-	})
+	group.Go(func() error { return s.check(ctx) })
 	group.Go(func() error {
 		s.setServing(true)
 		defer s.setServing(false)
 		return s.proxy.Run(ctx)
 	})
 	return group.Wait()
+}
+
+// refresh brings the view up to date until ctx ends: reports of other members go stale
+// without anything happening.
+func (s *service) refresh(ctx context.Context, every time.Duration) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			s.update(func(time.Duration) {})
+			s.mu.Lock()
+			blind := !s.blind.IsZero()
+			s.mu.Unlock()
+			if blind {
+				s.changed() // to be judged again
+			}
+		}
+	}
 }
 
 func (s *service) setServing(on bool) {
@@ -166,8 +179,10 @@ func (s *service) unfit() string {
 	defer s.mu.Unlock()
 	usable, seen := false, false
 	for _, st := range s.statuses {
-		usable = usable || st.State == health.Up
-		seen = seen || len(st.SeenUpBy) > 0
+		// One that is draining serves where no other is up; its state does not say whether
+		// it could.
+		usable = usable || st.State == health.Up || (st.State == health.Draining && slices.Contains(st.SeenUpBy, s.self))
+		seen = seen || (st.State != health.Disabled && len(st.SeenUpBy) > 0)
 	}
 	switch {
 	case usable || !seen:
@@ -184,12 +199,6 @@ func (s *service) unfit() string {
 		return "a connection through proxy " + s.cfg.Name + " fails: " + s.blocked
 	}
 	return ""
-}
-
-func (s *service) connectFailed(backend string, _ error) {
-	if p := s.probes[backend]; p != nil {
-		p.Hurry()
-	}
 }
 
 func (s *service) observe(backend string, r health.Result) {
@@ -225,12 +234,13 @@ func (s *service) update(change func(at time.Duration)) {
 	change(at)
 	statuses := s.view.Backends(at)
 	moved := !slices.EqualFunc(statuses, s.statuses, func(a, b health.Status) bool {
-		return a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy)
+		return a.Backend == b.Backend && a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy)
 	})
 	told := !slices.Equal(own, s.view.Own())
 	if moved {
-		for i, st := range statuses {
-			if was := s.statuses[i]; was.State != st.State {
+		for _, st := range statuses {
+			i := slices.IndexFunc(s.statuses, func(was health.Status) bool { return was.Backend == st.Backend })
+			if i >= 0 && s.statuses[i].State != st.State {
 				s.log.Info("backend is "+st.State.String(), "backend", st.Backend, "reason", st.Reason)
 			}
 		}
@@ -264,8 +274,9 @@ func (s *service) report() {
 	s.reports.Store(&all)
 }
 
-// look returns the common view, and the connections of all nodes per backend.
-func (s *service) look(alive func(member string) bool) (statuses []health.Status, connections map[string]uint32, serving bool) {
+// look returns the backends, the common view of each, and the connections of all nodes per
+// backend.
+func (s *service) look(alive func(member string) bool) (backends []config.Backend, statuses []health.Status, connections map[string]uint32, serving bool) {
 	stats := s.proxy.Stats()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -280,5 +291,5 @@ func (s *service) look(alive func(member string) bool) (statuses []health.Status
 			}
 		}
 	}
-	return slices.Clone(s.statuses), connections, s.serving
+	return s.cfg.Backends, slices.Clone(s.statuses), connections, s.serving
 }

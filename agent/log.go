@@ -5,7 +5,38 @@ import (
 	"io"
 	"sync/atomic"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/hamesh/hamesh/agent/config"
 )
+
+// logger is the agent's log, with all the logs named below it. Level and format may change
+// while it is in use.
+type logger struct {
+	hclog.InterceptLogger // itself writes nothing
+	out                   io.Writer
+	sink                  atomic.Pointer[hclog.SinkAdapter]
+}
+
+func newLogger(out io.Writer, cfg config.Log) *logger {
+	l := &logger{out: out, InterceptLogger: hclog.NewInterceptLogger(&hclog.LoggerOptions{Name: "hameshd", Output: io.Discard})}
+	l.set(cfg)
+	l.RegisterSink(l)
+	return l
+}
+
+// set changes level and format.
+func (l *logger) set(cfg config.Log) {
+	sink := hclog.NewSinkAdapter(&hclog.LoggerOptions{Output: l.out, Level: cfg.Level, JSONFormat: cfg.Format == config.JSON})
+	l.sink.Store(&sink)
+	l.SetLevel(cfg.Level)
+}
+
+// Accept implements hclog.SinkAdapter.
+func (l *logger) Accept(name string, level hclog.Level, message string, args ...any) {
+	(*l.sink.Load()).Accept(name, level, message, args...)
+}
 
 const (
 	// linesKept is how many lines of the log may wait for a slow reader; more are dropped,

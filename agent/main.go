@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/signal"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
@@ -25,6 +24,7 @@ Usage:
 
 FILE is /etc/hamesh/agent.yaml unless given. Logs go to standard error.
 SIGTERM hands every VIP over and ends the agent.
+SIGHUP re-reads FILE: what can change without a restart does, if nothing else has changed.
 Exit status: 0 ended by a signal, or valid; 1 failed; 2 wrong usage or configuration.
 `
 
@@ -77,7 +77,7 @@ func command(args []string, stdout, stderr io.Writer) int {
 
 // load reads and resolves the configuration. Only a mere check may go on where this is
 // not the host of the configuration.
-func load(path string, stderr io.Writer) (cfg *config.Config, err error) {
+func load(path string, warn func(string)) (cfg *config.Config, err error) {
 	cfg, err = config.Load(path)
 	if err != nil {
 		return nil, err
@@ -88,13 +88,18 @@ func load(path string, stderr io.Writer) (cfg *config.Config, err error) {
 	}
 	warnings, err := cfg.Resolve(host)
 	for _, w := range warnings {
-		fmt.Fprintf(stderr, "warning: %s\n", w)
+		warn(w)
 	}
 	return cfg, err
 }
 
+// warnOn writes warnings before there is a log.
+func warnOn(stderr io.Writer) func(string) {
+	return func(w string) { fmt.Fprintf(stderr, "warning: %s\n", w) }
+}
+
 func validate(path string, stdout, stderr io.Writer) int {
-	_, err := load(path, stderr)
+	_, err := load(path, warnOn(stderr))
 	switch {
 	case errors.Is(err, config.ErrNotThisHost):
 		fmt.Fprintf(stderr, "warning: %v: interfaces were not checked\n", err)
@@ -107,25 +112,27 @@ func validate(path string, stdout, stderr io.Writer) int {
 }
 
 func run(path string, stderr io.Writer) int {
-	cfg, err := load(path, stderr)
+	cfg, err := load(path, warnOn(stderr))
 	if err != nil {
 		fmt.Fprintln(stderr, err)
 		return exitUsage
 	}
 	out := newPatientWriter(stderr)
 	defer out.flush()
-	log := hclog.New(&hclog.LoggerOptions{
-		Name: "hameshd", Output: out, Level: cfg.Log.Level, JSONFormat: cfg.Log.Format == config.JSON,
-	})
+	log := newLogger(out, cfg.Log)
 	// From here on, so that a signal during the start already ends it in order.
 	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer cancel()
+	hangups := make(chan os.Signal, 1) // several before one is served are one
+	signal.Notify(hangups, unix.SIGHUP)
+	defer signal.Stop(hangups)
 	a, err := New(cfg, log)
 	if err != nil {
 		log.Error("could not start", "error", err)
 		return exitFailed
 	}
 	defer a.Close()
+	a.reload = &reload{agent: a, inForce: cfg, wanted: hangups, log: log, path: path}
 	if err := a.Run(ctx); err != nil {
 		log.Error("ended", "error", err)
 		return exitFailed

@@ -45,7 +45,8 @@ type moves struct {
 // order is one move and what has been told of it so far.
 type order struct {
 	request  *hameshv1.MoveVipRequest
-	passedOn bool // by another member
+	passedOn bool   // by another member
+	by       string // who wants it
 	begun    time.Time
 	ended    time.Time // zero: not yet
 
@@ -73,7 +74,7 @@ var refusals = map[ownership.Refusal]error{
 // MoveVip implements server.ControlSink.
 func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, send func(*hameshv1.MoveVipResponse) error) error {
 	incoming, _ := metadata.FromIncomingContext(ctx)
-	o, err := m.take(request, len(incoming.Get(passedOn)) > 0)
+	o, err := m.take(request, server.Caller(ctx), len(incoming.Get(passedOn)) > 0)
 	if err != nil {
 		return err
 	}
@@ -98,7 +99,7 @@ func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, s
 }
 
 // take finds the order of a repeated request, or begins a new one.
-func (m *moves) take(request *hameshv1.MoveVipRequest, passedOn bool) (*order, error) {
+func (m *moves) take(request *hameshv1.MoveVipRequest, by string, passedOn bool) (*order, error) {
 	id := request.GetRequestId()
 	if id == "" {
 		id = uuid.NewString()
@@ -115,7 +116,7 @@ func (m *moves) take(request *hameshv1.MoveVipRequest, passedOn bool) (*order, e
 	m.forget()
 	request = proto.CloneOf(request)
 	request.RequestId = id
-	o := &order{request: request, passedOn: passedOn, begun: time.Now(), changed: make(chan struct{})}
+	o := &order{request: request, by: by, passedOn: passedOn, begun: time.Now(), changed: make(chan struct{})}
 	m.byID[id] = o
 	m.agent.group.Go(func() error {
 		m.begin(m.agent.ctx, o)
@@ -143,6 +144,9 @@ func (m *moves) forget() {
 // begin finds the owner and hands it the order.
 func (m *moves) begin(ctx context.Context, o *order) {
 	a, name, to := m.agent, o.request.GetVip(), o.request.GetTo()
+	if !o.passedOn { // else told by the member that was asked
+		a.teller.move(hameshv1.EventKind_EVENT_KIND_MOVE_REQUESTED, o, "")
+	}
 	if !a.hasVIP(name) {
 		m.end(o, fmt.Errorf("%q: %w", name, server.ErrVIPUnknown))
 		return
@@ -270,6 +274,9 @@ func (m *moves) tell(o *order, said *hameshv1.MoveVipResponse) {
 }
 
 func (m *moves) end(o *order, err error) {
+	if err != nil && !o.passedOn {
+		m.agent.teller.move(hameshv1.EventKind_EVENT_KIND_MOVE_FAILED, o, err.Error())
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	o.err, o.ended = err, time.Now()

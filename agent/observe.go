@@ -9,6 +9,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
 )
@@ -65,9 +66,13 @@ func (a *Agent) samples() (all []metrics.Sample) {
 		total(metrics.ProxyAcceptErrors, "Failures to accept.", stats.AcceptErrors, "proxy", name)
 		total(metrics.ProxyFailedOpen, "Connections relayed to a backend that was not up, for want of a better one.", stats.FailedOpen, "proxy", name)
 		total(metrics.ProxyUnserved, "Client connections reset because no backend accepted.", stats.Unserved, "proxy", name)
-		statuses, _, _ := svc.look(func(string) bool { return false })
-		for i, b := range stats.Backends {
-			gauge(metrics.BackendUp, "Whether the backend gets new connections.", truth(statuses[i].State.String() == "up"), "proxy", name, "backend", b.Name)
+		gauge(metrics.ProxyConnections, "Client connections now.", float64(stats.Connections), "proxy", name)
+		gauge(metrics.ProxyLimit, "The most client connections at a time; more are refused.", float64(stats.Limit), "proxy", name)
+		for cause, n := range stats.Ended {
+			total(metrics.ProxyEnded, "Client connections that have ended or were refused, by cause.", n, "proxy", name, "cause", cause.String())
+		}
+		for _, b := range stats.Backends {
+			gauge(metrics.BackendUp, "Whether the backend gets new connections.", truth(b.State == health.Up), "proxy", name, "backend", b.Name)
 			gauge(metrics.BackendConnections, "Established connections through this node.", float64(b.Established), "proxy", name, "backend", b.Name)
 			total(metrics.BackendTotal, "Connections ever relayed to the backend.", b.Total, "proxy", name, "backend", b.Name)
 			total(metrics.BackendFailures, "Attempts to connect that failed.", b.Failures, "proxy", name, "backend", b.Name)
@@ -91,7 +96,7 @@ func (a *Agent) ailments() (all []string) {
 		all = append(all, "the store has not been read yet")
 	}
 	for _, svc := range a.services {
-		if _, _, serving := svc.look(func(string) bool { return false }); !serving {
+		if _, _, _, serving := svc.look(func(string) bool { return false }); !serving {
 			all = append(all, "proxy "+svc.cfg.Name+" does not accept connections")
 		}
 	}

@@ -15,6 +15,10 @@ import (
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
+// oneWayAfter is how long a member that is heard may be out of reach: longer than a few
+// attempts to connect.
+const oneWayAfter = 3 * time.Second
+
 // board is what this member knows beside the ownership machine, and who waits for news.
 type board struct {
 	mu      sync.Mutex
@@ -59,11 +63,12 @@ func (a *Agent) Changed() <-chan struct{} {
 	return a.board.changed
 }
 
-// noteChange keeps count of owners.
-func (b *board) noteChange(c ownership.Change, at time.Time) {
+// noteChange keeps count of owners, and returns what was known before, if anything was.
+func (b *board) noteChange(c ownership.Change, at time.Time) (was tenure, known bool) {
 	b.mu.Lock()
-	t := b.owners[c.VIP]
-	if c.Epoch != t.epoch || c.Owner != t.owner {
+	was, known = b.owners[c.VIP]
+	t := was
+	if !known || c.Epoch != t.epoch || c.Owner != t.owner {
 		if t.owner != "" && c.Owner != t.owner {
 			t.transitions++
 		}
@@ -72,6 +77,14 @@ func (b *board) noteChange(c ownership.Change, at time.Time) {
 	}
 	b.mu.Unlock()
 	b.notify()
+	return was, known
+}
+
+// isSilent says whether a member has been given up.
+func (b *board) isSilent(member string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.silent[member]
 }
 
 // hear keeps a peer's newest heartbeat, and wakes watchers where it says something new.
@@ -108,7 +121,7 @@ func holdsDiffer(a, b *hameshv1.Heartbeat) bool {
 
 // Status implements server.StatusSource: the mesh as this member sees it.
 func (a *Agent) Status() *hameshv1.GetStatusResponse {
-	s := &hameshv1.GetStatusResponse{Mesh: a.cfg.Mesh, ReportedBy: a.cfg.Node.Name}
+	s := &hameshv1.GetStatusResponse{Mesh: a.cfg.Mesh, ReportedBy: a.cfg.Node.Name, ApiPort: uint32(a.cfg.API.Port)}
 	ctx, cancel := context.WithTimeout(a.ctx, time.Second)
 	defer cancel()
 	view, _ := a.loop.view(ctx) // an agent that is stopping knows of nobody
@@ -128,16 +141,23 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 
 	stored := a.store.Status()
 	s.Store = &hameshv1.Store{Kind: stored.Kind, Available: stored.Available, Leader: stored.Leader, Members: stored.Members}
+	if e := a.cfg.Store.Embedded; e != nil {
+		s.Store.PeerPort = uint32(e.PeerPort)
+	}
 	if !stored.Available {
 		problem("STORE_UNAVAILABLE", "the "+stored.Kind+" store does not answer "+a.cfg.Node.Name+"; owners stay where they are",
 			"see that a majority of the store's members runs and can reach each other")
+	}
+
+	for _, p := range a.reload.problems() {
+		problem(p.GetCode(), p.GetMessage(), p.GetFix())
 	}
 
 	for _, v := range view.VIPs {
 		t := owners[v.Name]
 		vip := &hameshv1.Vip{
 			Name: v.Name, Address: a.vip(v.Name).Address.String(), Owner: v.Record.Owner, Epoch: v.Record.Epoch,
-			Holders: v.Holders, Transitions: t.transitions, Reason: v.Record.Reason,
+			Holders: v.Holders, Transitions: t.transitions, Reason: v.Record.Reason, Interface: a.vip(v.Name).Interface,
 		}
 		if v.Right != ownership.NoRight {
 			r := rightToProto(v.Right)
@@ -176,12 +196,14 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 		}
 		if m.Name == a.cfg.Node.Name {
 			n.State, n.Eligible, n.Reason, n.Version = hameshv1.NodeState_NODE_STATE_READY, view.Eligible, *a.board.reason.Load(), Version
+			n.Boot, n.ConfigDigests = a.boot, digestWords(*a.digests.Load())
 			if !view.Ready {
 				n.State, n.Reason = hameshv1.NodeState_NODE_STATE_SUSPECT, "has not read the store yet"
 			}
 		} else {
 			p, h := peers[m.Name], beats[m.Name]
 			n.Eligible, n.Reason, n.Version = p.Heard && p.Eligible, h.GetReason(), h.GetVersion()
+			n.Boot, n.ConfigDigests = h.GetBoot(), digestWords(h.GetConfigDigests())
 			if h != nil {
 				n.Role = h.GetRole()
 			}
@@ -196,6 +218,22 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 			default:
 				n.State = hameshv1.NodeState_NODE_STATE_READY
 			}
+			if p.Heard && a.links[m.Name].Lost() > oneWayAfter {
+				problem("LINK_ONE_WAY", fmt.Sprintf("%s hears %s, but cannot call it at %s, port %d", a.cfg.Node.Name, m.Name, m.Address, a.cfg.API.Port),
+					"let members reach each other at that port in both directions, firewalls on the nodes included")
+			}
+		}
+		drained := a.orders.drained(m.Name)
+		if drained != "" {
+			if n.State == hameshv1.NodeState_NODE_STATE_READY {
+				n.State, n.Reason = hameshv1.NodeState_NODE_STATE_DRAINED, drained
+			}
+			for _, p := range a.drainProblems(m.Name, view) {
+				problem(p.GetCode(), p.GetMessage(), p.GetFix())
+			}
+		}
+		if n.State != hameshv1.NodeState_NODE_STATE_DOWN {
+			n.KeptConnections = a.keptConnections(m.Name)
 		}
 		s.Nodes = append(s.Nodes, n)
 		switch {
@@ -203,16 +241,17 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 			problem("NODE_DOWN", m.Name+" is "+n.Reason, "start hameshd there, or see the network between "+a.cfg.Node.Name+" and "+m.Name)
 		case n.State == hameshv1.NodeState_NODE_STATE_SUSPECT:
 			problem("NODE_NOT_READY", m.Name+" "+n.Reason, "see its log, and the store")
-		case !n.Eligible && n.Role != hameshv1.Role_ROLE_WITNESS:
+		case !n.Eligible && drained == "" && n.Role != hameshv1.Role_ROLE_WITNESS:
 			problem("NODE_NOT_ELIGIBLE", m.Name+" may not take a VIP: "+n.Reason, "mend what the reason names")
 		}
 	}
 
 	for _, svc := range a.services {
-		statuses, connections, serving := svc.look(func(member string) bool { return peers[member].Heard })
+		s.Proxies = append(s.Proxies, &hameshv1.Proxy{Name: svc.cfg.Name, Port: uint32(svc.cfg.Port)})
+		backends, statuses, connections, serving := svc.look(func(member string) bool { return peers[member].Heard })
 		up := 0
 		for i, st := range statuses {
-			b := svc.cfg.Backends[i]
+			b := backends[i]
 			s.Backends = append(s.Backends, &hameshv1.Backend{
 				Name: st.Backend, Address: b.Address.String(), State: backendStates[st.State], Reason: st.Reason,
 				Connections: connections[st.Backend], SeenUpBy: st.SeenUpBy, Proxy: svc.cfg.Name, Node: b.Node,
@@ -220,6 +259,11 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 			switch s.Backends[len(s.Backends)-1].State {
 			case hameshv1.BackendState_BACKEND_STATE_UP:
 				up++
+			case hameshv1.BackendState_BACKEND_STATE_DRAINING, hameshv1.BackendState_BACKEND_STATE_DISABLED:
+				if by, ordered := a.orders.backendOrder(svc.cfg.Name, st.Backend); ordered {
+					problem("BACKEND_ORDERED", fmt.Sprintf("API server %s (%s) is %s by an operator's order (%s)", st.Backend, b.Address, st.State, by),
+						"hactl backend "+st.Backend+" --state active when it is fit again")
+				}
 			case hameshv1.BackendState_BACKEND_STATE_DOWN:
 				problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is down: %s", st.Backend, b.Address, st.Reason), "see the API server's log on that node")
 			}

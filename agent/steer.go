@@ -16,7 +16,7 @@ const (
 
 // steerStore keeps the embedded store's leader off the nodes that own a VIP: when both
 // are lost at once, taking over waits for etcd's election. A witness is the best place,
-// because it never owns.
+// because it never owns. A drained node, which may be about to go, does not keep it either.
 func (a *Agent) steerStore(ctx context.Context) error {
 	if a.cfg.Store.Embedded == nil || len(a.cfg.Members) < 3 {
 		return nil
@@ -41,10 +41,10 @@ func (a *Agent) steerStore(ctx context.Context) error {
 		cancel()
 		wait = steerPause
 		if err != nil {
-			a.log.Debug("could not move the store's leader off this owner", "peer", to, "error", err)
+			a.log.Debug("could not move the store's leader off this node", "peer", to, "error", err)
 			continue
 		}
-		a.log.Info("moved the store's leader off this owner", "peer", to)
+		a.log.Info("moved the store's leader off this node", "peer", to)
 	}
 }
 
@@ -60,14 +60,15 @@ func (a *Agent) betterLeader(ctx context.Context) string {
 			owners[v.Record.Owner] = true
 		}
 	}
-	if !owners[a.cfg.Node.Name] {
+	drained := func(name string) bool { return a.orders.drained(name) != "" }
+	if !owners[a.cfg.Node.Name] && !drained(a.cfg.Node.Name) {
 		return ""
 	}
 	best := ""
 	a.board.mu.Lock()
 	defer a.board.mu.Unlock()
 	for _, p := range view.Peers {
-		if !p.Heard || !p.Ready || owners[p.Name] {
+		if !p.Heard || !p.Ready || owners[p.Name] || drained(p.Name) {
 			continue
 		}
 		if best == "" || a.board.peers[p.Name].GetRole() == hameshv1.Role_ROLE_WITNESS {

@@ -160,9 +160,27 @@ var hints = map[string]string{
 	"MOVE_FAILED":        "see where the VIP is with hactl status, then try again",
 	"OWNER_UNREACHABLE":  "wait for the fail-over, or ask a member that reaches it with --endpoint",
 	"STORE_UNAVAILABLE":  "hactl status says what the store lacks; try again when it answers",
+	"PROXY_UNKNOWN":      "choose one of those",
+	"BACKEND_UNKNOWN":    "choose one of those",
+	"LAST_BACKEND":       "bring another API server up first: hactl status; or --force",
+	"LAST_CANDIDATE":     "make another node eligible first: hactl status says what it lacks; or --force",
+	"REQUEST_ID_INVALID": "use another request_id",
+	"EVENT_ID_INVALID":   "take an id from an event",
 	"ROLE_INSUFFICIENT":  "use a certificate of role operator: hactl pki issue --role operator",
 	"UNIDENTIFIED":       "use a certificate of this mesh: hactl pki issue",
 	"STOPPING":           "ask another member with --endpoint",
+	"CRASH_UNCONFIRMED":  "set confirm",
+	"MESH_NOT_HEALTHY":   "mend that first: hactl status",
+	"NO_MAJORITY":        "add a member first: hactl doctor",
+	"NODE_UNREACHABLE":   "ask that node itself with --endpoint",
+}
+
+// failureOf is callFailure for what may be a failure already.
+func (c *command) failureOf(ctx context.Context, err error) error {
+	if errors.As(err, new(*failure)) {
+		return err
+	}
+	return c.callFailure(ctx, err)
 }
 
 // callFailure says what became of a call that failed.

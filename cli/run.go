@@ -41,7 +41,7 @@ Exit status:
   0  done, and healthy
   1  failed
   2  wrong usage
-  3  answered, but the mesh is not healthy (status)
+  3  answered, but the mesh is not healthy (status, doctor)
   4  nobody could be reached`
 
 // failure is a command that did not end well, for a reason other than wrong usage.
@@ -115,7 +115,7 @@ func (c *command) root() *cobra.Command {
 	flags.StringVarP(&c.output, "output", "o", "table", "table, wide, json or yaml")
 	// An unknown value cannot happen here: the flag has just been defined.
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(c.statusCommand(), c.moveCommand(), c.pkiCommand(), c.versionCommand())
+	root.AddCommand(c.statusCommand(), c.eventsCommand(), c.moveCommand(), c.drainCommand(), c.undrainCommand(), c.backendCommand(), c.doctorCommand(), c.drillCommand(), c.pkiCommand(), c.versionCommand())
 	return root
 }
 

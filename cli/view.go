@@ -56,14 +56,14 @@ func (v view) vips(vips []*hameshv1.Vip) string {
 }
 
 func (v view) nodes(nodes []*hameshv1.Node) string {
-	rows := newRows("NODE", "ADDRESS", "ROLE", "STATE", "ELIGIBLE").extend(v.wide, "VERSION").extend(true, "REASON")
+	rows := newRows("NODE", "ADDRESS", "ROLE", "STATE", "ELIGIBLE").extend(v.wide, "VERSION", "KEPT CONNECTIONS").extend(true, "REASON")
 	for _, node := range nodes {
 		eligible := "no"
 		if node.GetEligible() {
 			eligible = "yes"
 		}
 		rows.add(node.GetName(), node.GetAddress(), word(node.GetRole().String(), "ROLE_"),
-			v.state(node.GetState().String(), "NODE_STATE_"), eligible).extend(v.wide, node.GetVersion()).extend(true, node.GetReason())
+			v.state(node.GetState().String(), "NODE_STATE_"), eligible).extend(v.wide, node.GetVersion(), fmt.Sprint(node.GetKeptConnections())).extend(true, node.GetReason())
 	}
 	return rows.render()
 }

@@ -11,5 +11,6 @@
 //     configured member other than the one that is called
 //
 // What it is not: a central server (N agents are N servers), nor a place for decisions:
-// what a call means is up to the [StatusSource], [ControlSink] and [MeshPeer] it is given.
+// what a call means is up to the [StatusSource], [EventSource], [ControlSink] and
+// [MeshPeer] it is given.
 package server

@@ -24,6 +24,18 @@ var (
 	ErrMoveFailed       = errors.New("the move failed")
 	ErrOwnerUnreachable = errors.New("the VIP's owner cannot be reached")
 	ErrStoreUnavailable = errors.New("the store does not answer")
+
+	ErrProxyUnknown   = errors.New("no such proxy is configured")
+	ErrBackendUnknown = errors.New("no such backend is configured")
+	ErrLastBackend    = errors.New("no other backend of the proxy is up")
+	ErrLastCandidate  = errors.New("no other candidate may take the node's VIPs now")
+	ErrStateInvalid   = errors.New("the state is none of active, draining and disabled")
+	ErrRequestID      = errors.New("the request_id cannot be used")
+
+	ErrCrashUnconfirmed = errors.New("a crash is ordered only with confirm set")
+	ErrNotHealthy       = errors.New("the mesh is not healthy")
+	ErrNoMajority       = errors.New("too few members would stay for a majority")
+	ErrNodeUnreachable  = errors.New("the node cannot be reached")
 )
 
 // What the server itself answers.
@@ -33,6 +45,7 @@ var (
 	errNotAPeer       = errors.New("the caller is no other member of this mesh")
 	errForeignMember  = errors.New("the message speaks for a member other than its sender")
 	errEmptyHeartbeat = errors.New("the request holds no heartbeat")
+	errEventID        = errors.New("that is not the id of an event")
 	errStopping       = errors.New("the agent is stopping")
 	errPanic          = errors.New("internal error, see the agent's log")
 )
@@ -51,6 +64,17 @@ var errorTable = []struct {
 	{ErrMoveFailed, codes.Aborted, "MOVE_FAILED"},
 	{ErrOwnerUnreachable, codes.Unavailable, "OWNER_UNREACHABLE"},
 	{ErrStoreUnavailable, codes.Unavailable, "STORE_UNAVAILABLE"},
+	{ErrProxyUnknown, codes.NotFound, "PROXY_UNKNOWN"},
+	{ErrBackendUnknown, codes.NotFound, "BACKEND_UNKNOWN"},
+	{ErrLastBackend, codes.FailedPrecondition, "LAST_BACKEND"},
+	{ErrLastCandidate, codes.FailedPrecondition, "LAST_CANDIDATE"},
+	{ErrStateInvalid, codes.InvalidArgument, "STATE_INVALID"},
+	{ErrRequestID, codes.InvalidArgument, "REQUEST_ID_INVALID"},
+	{ErrCrashUnconfirmed, codes.InvalidArgument, "CRASH_UNCONFIRMED"},
+	{ErrNotHealthy, codes.FailedPrecondition, "MESH_NOT_HEALTHY"},
+	{ErrNoMajority, codes.FailedPrecondition, "NO_MAJORITY"},
+	{ErrNodeUnreachable, codes.Unavailable, "NODE_UNREACHABLE"},
+	{errEventID, codes.InvalidArgument, "EVENT_ID_INVALID"},
 	{errUnidentified, codes.Unauthenticated, "UNIDENTIFIED"},
 	{errRole, codes.PermissionDenied, "ROLE_INSUFFICIENT"},
 	{errNotAPeer, codes.PermissionDenied, "NOT_A_PEER"},

@@ -2,7 +2,10 @@ package server_test
 
 import (
 	"bytes"
+	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,6 +37,11 @@ func TestHactl(t *testing.T) {
 		"viewer looks":      {with(ca, "grafana", "status"), 0, "HEALTHY"},
 		"viewer moves":      {with(ca, "grafana", "move-vip", "kube-api"), 1, "ROLE_INSUFFICIENT"},
 		"operator moves":    {with(ca, "alice", "move-vip", "kube-api"), 0, "unchanged"},
+		"viewer reads":      {with(ca, "grafana", "events"), 0, "not answering"},
+		"viewer drains":     {with(ca, "grafana", "drain", "cp-1"), 1, "ROLE_INSUFFICIENT"},
+		"operator drains":   {with(ca, "alice", "drain", "cp-1"), 0, "cp-1 is drained"},
+		"operator undrains": {with(ca, "alice", "undrain", "cp-1"), 0, "cp-1 may take VIPs"},
+		"socket disables":   {[]string{"backend", "cp-2", "--state", "disabled", "--endpoint", s.socket}, 0, "cp-2 of proxy kube-api is disabled"},
 		"socket moves":      {[]string{"move-vip", "kube-api", "--endpoint", s.socket}, 0, "unchanged"},
 		"of another CA":     {with(other, "alice", "status"), 4, "belong to this mesh"},
 		"no certificate":    {[]string{"status", "--endpoint", s.tcp}, 4, "may want TLS"},
@@ -45,5 +53,13 @@ func TestHactl(t *testing.T) {
 				t.Errorf("exit %d, want %d with %q:\n%s", exit, test.exit, test.want, &out)
 			}
 		})
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all := strings.Join(slices.Sorted(slices.Values(a.heard)), "\n")
+	for _, want := range []string{"drain cp-1 by alice", "undrain cp-1 by alice", "cp-2 BACKEND_ORDER_DISABLED by ", fmt.Sprintf("uid %d", os.Getuid())} {
+		if !strings.Contains(all, want) {
+			t.Errorf("not heard: %q, but\n%s", want, all)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/url"
@@ -85,6 +86,12 @@ func identityFromURIs(mesh string, uris []*url.URL) (identity, error) {
 		return identity{}, fmt.Errorf("%s: %w", uri, errUnidentified)
 	}
 	return identity{role: r, name: name}, nil
+}
+
+// Caller returns the name of who makes the call of that context, for people: that of the
+// certificate, the local user of the socket, or "anybody" where nobody is authenticated.
+func Caller(ctx context.Context) string {
+	return cmp.Or(identityFrom(ctx).name, "anybody")
 }
 
 type identityKey struct{}

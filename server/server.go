@@ -41,13 +41,19 @@ type StatusSource interface {
 	Changed() <-chan struct{}
 }
 
-// ControlSink carries operators' orders out.
+// ControlSink carries operators' orders out. [Caller] of a call's context is who gives
+// the order. Errors: those of this package, or a gRPC status that another agent sent.
 type ControlSink interface {
 	// MoveVip moves a VIP and calls send once a phase, from the calling goroutine. An
 	// order that was accepted goes on when ctx ends or send fails: the caller may have
-	// left without waiting for the end. Errors: those of this package, or a gRPC status
-	// that another agent sent.
+	// left without waiting for the end.
 	MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, send func(*hameshv1.MoveVipResponse) error) error
+	// DrainNode, UndrainNode and SetBackendState return once the order is kept.
+	DrainNode(context.Context, *hameshv1.DrainNodeRequest) (*hameshv1.DrainNodeResponse, error)
+	UndrainNode(context.Context, *hameshv1.UndrainNodeRequest) (*hameshv1.UndrainNodeResponse, error)
+	SetBackendState(context.Context, *hameshv1.SetBackendStateRequest) (*hameshv1.SetBackendStateResponse, error)
+	// CrashAgent returns once the agent is about to crash.
+	CrashAgent(context.Context, *hameshv1.CrashAgentRequest) (*hameshv1.CrashAgentResponse, error)
 }
 
 // MeshPeer hears what other members say.
@@ -60,6 +66,9 @@ type MeshPeer interface {
 	// checked. It is called at any time, and again for the same word. An error makes the
 	// guard try again for a while where its code is Unavailable.
 	Withdrawn(ctx context.Context, from string, word *hameshv1.WithdrawnRequest) error
+	// Flows takes what the member from, whose name the server has checked, says of its
+	// connections. Those of one stream come in order, one at a time.
+	Flows(from string, change *hameshv1.ShareFlowsRequest)
 }
 
 // Options says whom the server serves.
@@ -91,6 +100,7 @@ type Server struct {
 	log      hclog.Logger
 
 	status  StatusSource
+	events  EventSource
 	control ControlSink
 	peer    MeshPeer
 
@@ -101,7 +111,7 @@ type Server struct {
 
 // New returns a server that does not serve yet. It fails where neither TLS nor Insecure
 // is given, or both.
-func New(options Options, status StatusSource, control ControlSink, mesh MeshPeer) (*Server, error) {
+func New(options Options, status StatusSource, events EventSource, control ControlSink, mesh MeshPeer) (*Server, error) {
 	tcp := options.TLS
 	switch {
 	case options.Insecure && tcp != nil:
@@ -117,6 +127,7 @@ func New(options Options, status StatusSource, control ControlSink, mesh MeshPee
 		insecure: options.Insecure,
 		log:      options.Log,
 		status:   status,
+		events:   events,
 		control:  control,
 		peer:     mesh,
 		health:   health.NewServer(),

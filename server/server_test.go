@@ -35,12 +35,15 @@ type agent struct {
 	changed chan struct{}
 	move    func(ctx context.Context, send func(*hameshv1.MoveVipResponse) error) error
 	heard   []string
+	events  []*hameshv1.Event
+	told    chan struct{}
 }
 
 func newAgent() *agent {
 	return &agent{
 		status:  &hameshv1.GetStatusResponse{Mesh: "prod", ReportedBy: "cp-1"},
 		changed: make(chan struct{}),
+		told:    make(chan struct{}),
 		move: func(_ context.Context, send func(*hameshv1.MoveVipResponse) error) error {
 			return send(&hameshv1.MoveVipResponse{Phase: hameshv1.MovePhase_MOVE_PHASE_HELD})
 		},
@@ -71,11 +74,66 @@ func (a *agent) MoveVip(ctx context.Context, _ *hameshv1.MoveVipRequest, send fu
 	return a.move(ctx, send)
 }
 
+// Events selects as an agent does.
+func (a *agent) Events(wanted server.EventSelection) (found []*hameshv1.Event, unanswered []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, e := range a.events {
+		after, seen := wanted.After[e.GetNode()]
+		if (seen && e.GetId() > after) || (!seen && e.GetId() >= server.EventID(wanted.Since, "")) {
+			found = append(found, e)
+		}
+	}
+	return found, []string{"cp-3"}
+}
+
+func (a *agent) EventsChanged() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.told
+}
+
+// tell adds an event of a node, that many seconds after 1970.
+func (a *agent) tell(node string, at int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.events = append(a.events, &hameshv1.Event{Id: server.EventID(time.Unix(at, 0), node), Node: node})
+	close(a.told)
+	a.told = make(chan struct{})
+}
+
+func (a *agent) DrainNode(ctx context.Context, r *hameshv1.DrainNodeRequest) (*hameshv1.DrainNodeResponse, error) {
+	a.note(ctx, "drain "+r.GetNode())
+	return &hameshv1.DrainNodeResponse{Changed: true}, nil
+}
+
+func (a *agent) UndrainNode(ctx context.Context, r *hameshv1.UndrainNodeRequest) (*hameshv1.UndrainNodeResponse, error) {
+	a.note(ctx, "undrain "+r.GetNode())
+	return &hameshv1.UndrainNodeResponse{Changed: true}, nil
+}
+
+func (a *agent) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStateRequest) (*hameshv1.SetBackendStateResponse, error) {
+	a.note(ctx, fmt.Sprintf("%s %s", r.GetBackend(), r.GetState()))
+	return &hameshv1.SetBackendStateResponse{Changed: true, Proxies: []string{"kube-api"}}, nil
+}
+
+func (a *agent) note(ctx context.Context, what string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.heard = append(a.heard, what+" by "+server.Caller(ctx))
+}
+
 func (a *agent) Heartbeat(_ context.Context, from string, heartbeat *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.heard = append(a.heard, from)
 	return &hameshv1.ExchangeResponse{AckBoot: heartbeat.GetBoot(), AckSequence: heartbeat.GetSequence()}, nil
+}
+
+func (a *agent) Flows(from string, change *hameshv1.ShareFlowsRequest) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.heard = append(a.heard, fmt.Sprintf("%s: port %d", from, change.GetPort()))
 }
 
 func (a *agent) Withdrawn(_ context.Context, from string, word *hameshv1.WithdrawnRequest) error {
@@ -128,7 +186,7 @@ func serve(t *testing.T, a *agent, options server.Options) *running {
 	t.Helper()
 	options.Mesh, options.Node, options.Members = "prod", "cp-1", []string{"cp-1", "cp-2", "cp-3"}
 	options.Log = hclog.NewNullLogger()
-	s, err := server.New(options, a, a, a)
+	s, err := server.New(options, a, a, a, a)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,6 +267,23 @@ var calls = map[string]func(context.Context, *grpc.ClientConn) error{
 		_, err = stream.Recv()
 		return err
 	},
+	"events": func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := hameshv1.NewStatusServiceClient(conn).ListEvents(ctx, &hameshv1.ListEventsRequest{})
+		return err
+	},
+	"drain": func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := hameshv1.NewControlServiceClient(conn).DrainNode(ctx, &hameshv1.DrainNodeRequest{Node: "cp-1"})
+		return err
+	},
+	"undrain": func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := hameshv1.NewControlServiceClient(conn).UndrainNode(ctx, &hameshv1.UndrainNodeRequest{Node: "cp-1"})
+		return err
+	},
+	"backend": func(ctx context.Context, conn *grpc.ClientConn) error {
+		_, err := hameshv1.NewControlServiceClient(conn).SetBackendState(ctx, &hameshv1.SetBackendStateRequest{
+			Backend: "cp-1", State: hameshv1.BackendOrder_BACKEND_ORDER_DISABLED})
+		return err
+	},
 	"exchange": func(ctx context.Context, conn *grpc.ClientConn) error { return exchange(ctx, conn, "cp-2") },
 }
 
@@ -265,6 +340,7 @@ func TestWhoMayCallWhat(t *testing.T) {
 			for call, want := range map[string]string{
 				"status": test.want.status, "health": test.want.health, "reflection": test.want.reflection,
 				"move": test.want.move, "exchange": test.want.exchange,
+				"events": test.want.status, "drain": test.want.move, "undrain": test.want.move, "backend": test.want.move,
 			} {
 				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 				if err := calls[call](ctx, test.conn); outcome(err) != want {
@@ -336,7 +412,7 @@ func TestExchangeSpeaksForItsSenderOnly(t *testing.T) {
 	}
 }
 
-func TestWithdrawnSpeaksForItsSenderOnly(t *testing.T) {
+func TestWordsSpeakForTheirSenderOnly(t *testing.T) {
 	ca, a := newAuthority(t, "prod"), newAgent()
 	secure := serve(t, a, server.Options{TLS: ca.issue("cp-1", pki.RoleAgent).Server()})
 	open := serve(t, a, server.Options{Insecure: true})
@@ -369,7 +445,15 @@ func TestWithdrawnSpeaksForItsSenderOnly(t *testing.T) {
 			}
 			var heard []string
 			if test.want == "ok" {
-				heard = []string{test.member + ": 7 [kube-api]"}
+				heard = []string{test.member + ": 7 [kube-api]", test.member + ": port 16443"}
+			}
+			stream, err := hameshv1.NewMeshServiceClient(test.conn).ShareFlows(t.Context())
+			if err == nil {
+				_ = stream.Send(&hameshv1.ShareFlowsRequest{Member: test.member, Vip: "kube-api", Port: 16443})
+				_, err = stream.CloseAndRecv()
+			}
+			if outcome(err) != test.want {
+				t.Errorf("flows: got %v, want %s", err, test.want)
 			}
 			if !slices.Equal(a.heard, heard) {
 				t.Errorf("the agent heard %q, want %q", a.heard, heard)
@@ -392,6 +476,12 @@ func TestErrors(t *testing.T) {
 		"Aborted MOVE_FAILED":                   server.ErrMoveFailed,
 		"Unavailable OWNER_UNREACHABLE":         server.ErrOwnerUnreachable,
 		"Unavailable STORE_UNAVAILABLE":         server.ErrStoreUnavailable,
+		"NotFound PROXY_UNKNOWN":                server.ErrProxyUnknown,
+		"NotFound BACKEND_UNKNOWN":              server.ErrBackendUnknown,
+		"FailedPrecondition LAST_BACKEND":       server.ErrLastBackend,
+		"FailedPrecondition LAST_CANDIDATE":     server.ErrLastCandidate,
+		"InvalidArgument STATE_INVALID":         server.ErrStateInvalid,
+		"InvalidArgument REQUEST_ID_INVALID":    server.ErrRequestID,
 		"Unknown":                               fmt.Errorf("something else"),
 		"DeadlineExceeded":                      context.DeadlineExceeded,
 	} {
@@ -498,10 +588,10 @@ func TestStopIsBounded(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	a := newAgent()
-	if _, err := server.New(server.Options{}, a, a, a); err == nil {
+	if _, err := server.New(server.Options{}, a, a, a, a); err == nil {
 		t.Error("neither TLS nor insecure was taken")
 	}
-	if _, err := server.New(server.Options{TLS: insecure.NewCredentials(), Insecure: true}, a, a, a); err == nil {
+	if _, err := server.New(server.Options{TLS: insecure.NewCredentials(), Insecure: true}, a, a, a, a); err == nil {
 		t.Error("both TLS and insecure were taken")
 	}
 }

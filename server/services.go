@@ -66,8 +66,28 @@ func wait[T any](ctx context.Context, stopping <-chan struct{}, event <-chan T, 
 // MoveVip implements ControlService.
 func (s *Server) MoveVip(request *hameshv1.MoveVipRequest, stream grpc.ServerStreamingServer[hameshv1.MoveVipResponse]) error {
 	s.log.Info("a move is asked for", "vip", request.GetVip(), "to", request.GetTo(),
-		"request_id", request.GetRequestId(), "caller", identityFrom(stream.Context()).name)
+		"request_id", request.GetRequestId(), "caller", Caller(stream.Context()))
 	return s.control.MoveVip(stream.Context(), request, stream.Send)
+}
+
+// DrainNode implements ControlService.
+func (s *Server) DrainNode(ctx context.Context, request *hameshv1.DrainNodeRequest) (*hameshv1.DrainNodeResponse, error) {
+	return s.control.DrainNode(ctx, request)
+}
+
+// UndrainNode implements ControlService.
+func (s *Server) UndrainNode(ctx context.Context, request *hameshv1.UndrainNodeRequest) (*hameshv1.UndrainNodeResponse, error) {
+	return s.control.UndrainNode(ctx, request)
+}
+
+// SetBackendState implements ControlService.
+func (s *Server) SetBackendState(ctx context.Context, request *hameshv1.SetBackendStateRequest) (*hameshv1.SetBackendStateResponse, error) {
+	return s.control.SetBackendState(ctx, request)
+}
+
+// CrashAgent implements ControlService.
+func (s *Server) CrashAgent(ctx context.Context, request *hameshv1.CrashAgentRequest) (*hameshv1.CrashAgentResponse, error) {
+	return s.control.CrashAgent(ctx, request)
 }
 
 // Exchange implements MeshService.
@@ -129,4 +149,26 @@ func (s *Server) Withdrawn(ctx context.Context, request *hameshv1.WithdrawnReque
 		return nil, err
 	}
 	return &hameshv1.WithdrawnResponse{}, nil
+}
+
+// ShareFlows implements MeshService.
+func (s *Server) ShareFlows(stream grpc.ClientStreamingServer[hameshv1.ShareFlowsRequest, hameshv1.ShareFlowsResponse]) error {
+	from := identityFrom(stream.Context()).name
+	for {
+		request, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return stream.SendAndClose(&hameshv1.ShareFlowsResponse{})
+		}
+		if err != nil {
+			return err
+		}
+		from = cmp.Or(from, request.GetMember())
+		if !slices.Contains(s.peers, from) {
+			return fmt.Errorf("connections of %q: %w", from, errNotAPeer)
+		}
+		if request.GetMember() != from {
+			return fmt.Errorf("connections of %q from %q: %w", request.GetMember(), from, errForeignMember)
+		}
+		s.peer.Flows(from, request)
+	}
 }

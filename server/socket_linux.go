@@ -7,8 +7,10 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 	"unsafe"
 
@@ -66,13 +68,18 @@ func removeStale(path string) error {
 // socketInfo is who connected to the unix socket.
 type socketInfo struct {
 	credentials.CommonAuthInfo
-	uid uint32
-	pid int32
+	uid  uint32
+	user string // the name of uid; empty: it has none
 }
 
 func (socketInfo) AuthType() string { return "socket" }
 
-func (i socketInfo) String() string { return fmt.Sprintf("uid %d, pid %d", i.uid, i.pid) }
+func (i socketInfo) String() string {
+	if i.user == "" {
+		return fmt.Sprintf("uid %d", i.uid)
+	}
+	return fmt.Sprintf("%s, uid %d", i.user, i.uid)
+}
 
 // byListener does the handshake that suits the connection: peer credentials on the unix
 // socket, and on TCP whatever the embedded credentials do.
@@ -128,8 +135,16 @@ func identifySocket(conn *net.UnixConn) (socketInfo, error) {
 	return socketInfo{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 		uid:            caller.Uid,
-		pid:            caller.Pid,
+		user:           userName(caller.Uid),
 	}, nil
+}
+
+func userName(uid uint32) string {
+	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
+	if err != nil {
+		return ""
+	}
+	return u.Username
 }
 
 // maxGroups is NGROUPS_MAX of linux/limits.h.

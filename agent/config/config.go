@@ -125,16 +125,56 @@ type VIP struct {
 type Proxy struct {
 	Name        string // a DNS label (RFC 1123)
 	Port        uint16
-	Backends    []Backend // at least one
+	Backends    []Backend // 1 to 64
 	HealthCheck HealthCheck
 	OnDown      OnDown // default close
+	// LoadFactor bounds a backend's connections to so many times its fair share, 1.1 to 10;
+	// 0: no bound; default 1.5.
+	LoadFactor float64
+	// SlowStart is how long a backend that recovers takes to get all its clients back,
+	// 0 to 10 min; default 10 s.
+	SlowStart time.Duration
+	// DrainTimeout is how long connections are left to a backend that drains, 1 s to 24 h;
+	// default 15 min.
+	DrainTimeout  time.Duration
+	Limits        Limits
+	ConnectionLog ConnectionLog
+	ProxyProtocol ProxyProtocol
 }
+
+// Limits bound the connections of a proxy's clients at a time.
+type Limits struct {
+	Connections int // up to 1,000,000; 0: as many as there are descriptors for, which is the default
+	PerClient   int // of one address, up to 1,000,000; 0, the default: no limit
+}
+
+// ConnectionLog is which connections are logged when they end. The zero ConnectionLog is
+// invalid.
+type ConnectionLog string
+
+// The choices.
+const (
+	LogOff    ConnectionLog = "off" // the default
+	LogErrors ConnectionLog = "errors"
+	LogAll    ConnectionLog = "all"
+)
+
+// ProxyProtocol is whether backends are told who the client is. The zero ProxyProtocol is
+// invalid.
+type ProxyProtocol string
+
+// The choices.
+const (
+	ProxyProtocolNone ProxyProtocol = "none" // the default
+	ProxyProtocolV2   ProxyProtocol = "v2"   // by a header in front of the client's bytes; kube-apiserver knows none
+)
 
 // Backend is one API server behind a proxy.
 type Backend struct {
 	Name    string // a DNS label (RFC 1123)
 	Address netip.AddrPort
 	Node    string // the member it runs on; empty: none
+	Weight  int    // its share of the clients among the others, 1 to 256; default 1
 }
 
 // HealthCheck is how a proxy's backends are checked.
@@ -146,6 +186,8 @@ type HealthCheck struct {
 	Fall     int           // failures in a row until a backend is down, 1 to 10; default 2
 	Rise     int           // successes in a row until it is up, 1 to 10; default 2
 	CAFile   string        // verifies the backends' certificates; empty: they are not verified
+	// CertFile and KeyFile are this node's towards the backends; both or neither is set.
+	CertFile, KeyFile string
 }
 
 // Scheme is the protocol of a health check. The zero Scheme is invalid.

@@ -201,6 +201,17 @@ func TestRefused(t *testing.T) {
 		{"path with space", "interval: 500ms", "path: /ready z", 32, "proxies[0].healthCheck.path", "not the path of a request"},
 		{"caFile with http", "scheme: https", "scheme: http\n      caFile: /ca", 32, "proxies[0].healthCheck.caFile", "no use with the scheme http"},
 		{"path with tcp", "scheme: https", "scheme: tcp\n      path: /readyz", 32, "proxies[0].healthCheck.path", "no use with the scheme tcp"},
+		{"keyFile missing", "scheme: https", "scheme: https\n      certFile: /c", 30, "proxies[0].healthCheck.keyFile", "is missing, and certFile is given"},
+		{"certFile with tcp", "scheme: https", "scheme: tcp\n      certFile: /c\n      keyFile: /k", 32, "proxies[0].healthCheck.certFile", "no use with the scheme tcp"},
+		{"drainTimeout", "onDown: close", "drainTimeout: 100ms", 33, "proxies[0].drainTimeout", "is out of range"},
+		{"slowStart", "onDown: close", "slowStart: 11m", 33, "proxies[0].slowStart", "is out of range"},
+		{"loadFactor too low", "onDown: close", "balance: {loadFactor: 1}", 33, "proxies[0].balance.loadFactor", "from 1.1 to 10, or off"},
+		{"loadFactor no number", "onDown: close", "balance: {loadFactor: .nan}", 33, "proxies[0].balance.loadFactor", "is out of range"},
+		{"loadFactor a word", "onDown: close", "balance: {loadFactor: much}", 33, "proxies[0].balance.loadFactor", "from 1.1 to 10, or off"},
+		{"limit", "onDown: close", "limits: {connections: -1}", 33, "proxies[0].limits.connections", "is out of range"},
+		{"connectionLog", "onDown: close", "connectionLog: some", 33, "proxies[0].connectionLog", "one of off, errors, all"},
+		{"proxyProtocol", "onDown: close", "proxyProtocol: v1", 33, "proxies[0].proxyProtocol", "one of none, v2"},
+		{"weight", "node: cp-2}", "weight: 257}", 29, "proxies[0].backends[1].weight", "is out of range"},
 		{"onDown", "onDown: close", "onDown: reset", 33, "proxies[0].onDown", "one of close, drain"},
 	}
 	for _, test := range tests {
@@ -308,8 +319,9 @@ func TestDefaults(t *testing.T) {
 			SuspectAfter: 400 * time.Millisecond, LeaseTTL: 3 * time.Second, Margin: 93 * time.Millisecond,
 		},
 		Proxies: []Proxy{{
-			Name: "p", Port: 16443, OnDown: Close,
-			Backends: []Backend{{Name: "a", Address: netip.AddrPortFrom(a, 6443)}},
+			Name: "p", Port: 16443, OnDown: Close, DrainTimeout: 15 * time.Minute,
+			LoadFactor: 1.5, SlowStart: 10 * time.Second, ConnectionLog: LogOff, ProxyProtocol: ProxyProtocolNone,
+			Backends: []Backend{{Name: "a", Address: netip.AddrPortFrom(a, 6443), Weight: 1}},
 			HealthCheck: HealthCheck{
 				Scheme: HTTPS, Path: "/readyz", Interval: 500 * time.Millisecond,
 				Timeout: 400 * time.Millisecond, Fall: 2, Rise: 2,
@@ -347,6 +359,17 @@ func TestAccepted(t *testing.T) {
 				Endpoints: []string{"https://[fd00::5]:2379"}, Prefix: "/a/b", TLS: &TLSFiles{"/etc/hamesh/ca", "/etc/hamesh/c/t", "/k"}}}},
 		{"store without a kind", embedded, "{}", func(c *Config) any { return *c.Store.Embedded }, Embedded{7479, 7480}},
 		{"shorter interval, shorter timeout", "interval: 500ms", "interval: 100ms", func(c *Config) any { return c.Proxies[0].HealthCheck.Timeout }, 80 * time.Millisecond},
+		{"no bound", "onDown: close", "balance: {loadFactor: off}", func(c *Config) any { return c.Proxies[0].LoadFactor }, 0.0},
+		{"bound", "onDown: close", "balance: {loadFactor: 1.25}", func(c *Config) any { return c.Proxies[0].LoadFactor }, 1.25},
+		{"no slow start", "onDown: close", "slowStart: 0s", func(c *Config) any { return c.Proxies[0].SlowStart }, time.Duration(0)},
+		{"log", "onDown: close", "connectionLog: errors", func(c *Config) any { return c.Proxies[0].ConnectionLog }, LogErrors},
+		{"no log", "onDown: close", "connectionLog: off", func(c *Config) any { return c.Proxies[0].ConnectionLog }, LogOff},
+		{"limits", "onDown: close", "limits: {connections: 500, perClient: 20}", func(c *Config) any { return c.Proxies[0].Limits }, Limits{500, 20}},
+		{"PROXY protocol", "onDown: close", "proxyProtocol: v2", func(c *Config) any { return c.Proxies[0].ProxyProtocol }, ProxyProtocolV2},
+		{"weight", "node: cp-2}", "weight: 256}", func(c *Config) any { return c.Proxies[0].Backends[1].Weight }, 256},
+		{"certificate for the backends", "scheme: https", "scheme: https\n      certFile: c\n      keyFile: /k", func(c *Config) any {
+			return []string{c.Proxies[0].HealthCheck.CertFile, c.Proxies[0].HealthCheck.KeyFile}
+		}, []string{"/etc/hamesh/c", "/k"}},
 		{"tcp check", "scheme: https", "scheme: tcp", func(c *Config) any { return c.Proxies[0].HealthCheck.Path }, ""},
 		{"path with query", "interval: 500ms", "path: /readyz?exclude=etcd", func(c *Config) any { return c.Proxies[0].HealthCheck.Path }, "/readyz?exclude=etcd"},
 		{"backend elsewhere than its node", `"10.77.0.12:6443"`, `"192.0.2.12:6443"`, func(c *Config) any { return c.Proxies[0].Backends[1].Node }, "cp-2"},

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"go.yaml.in/yaml/v3"
 )
 
 const (
@@ -237,22 +238,64 @@ func (f field) vip() VIP {
 }
 
 func (f field) proxy() Proxy {
-	o := f.object("name", "port", "backends", "healthCheck", "onDown")
+	o := f.object("name", "port", "backends", "healthCheck", "onDown", "drainTimeout", "balance", "slowStart",
+		"limits", "connectionLog", "proxyProtocol")
+	limits := o["limits"].object("connections", "perClient")
 	p := Proxy{
-		Name:        o["name"].required("name the proxy").name(),
-		Port:        o["port"].required("give the port that it listens on, such as 16443").port(0),
-		HealthCheck: o["healthCheck"].healthCheck(),
-		OnDown:      choice(o["onDown"], Close, Drain),
+		Name:         o["name"].required("name the proxy").name(),
+		Port:         o["port"].required("give the port that it listens on, such as 16443").port(0),
+		HealthCheck:  o["healthCheck"].healthCheck(),
+		OnDown:       choice(o["onDown"], Close, Drain),
+		DrainTimeout: o["drainTimeout"].duration(15*time.Minute, time.Second, 24*time.Hour),
+		LoadFactor:   o["balance"].object("loadFactor")["loadFactor"].loadFactor(),
+		SlowStart:    o["slowStart"].duration(10*time.Second, 0, 10*time.Minute),
+		Limits: Limits{
+			Connections: limits["connections"].integer(0, 0, 1_000_000),
+			PerClient:   limits["perClient"].integer(0, 0, 1_000_000),
+		},
+		ConnectionLog: choice(o["connectionLog"], LogOff, LogErrors, LogAll),
+		ProxyProtocol: choice(o["proxyProtocol"], ProxyProtocolNone, ProxyProtocolV2),
 	}
 	for _, b := range o["backends"].items("list the API servers behind it") {
 		p.Backends = append(p.Backends, b.backend())
 	}
+	if len(p.Backends) > maxBackends {
+		o["backends"].fail(fmt.Sprintf("has %d, more than the %d that a proxy may have", len(p.Backends), maxBackends), "leave some out")
+	}
 	return p
 }
 
+// maxBackends is how many backends the proxy's bookkeeping holds for each connection.
+const maxBackends = 64
+
+// loadFactor reads a factor, or off. The result is 0 where it is off or wrong.
+func (f field) loadFactor() float64 {
+	if !f.given() {
+		return 1.5
+	}
+	const want = "a number from 1.1 to 10, or off"
+	if f.node.Kind == yaml.ScalarNode && (f.node.Value == "off" || f.node.Value == "0") {
+		return 0
+	}
+	if f.node.Kind != yaml.ScalarNode || f.node.ShortTag() != "!!float" && f.node.ShortTag() != "!!int" {
+		f.mismatch(want)
+		return 0
+	}
+	factor, err := strconv.ParseFloat(f.node.Value, 64)
+	// Put so that what is not a number is refused too.
+	if err != nil || !(factor >= 1.1 && factor <= 10) {
+		f.fail(quote(f.node.Value)+" is out of range", "give "+want)
+		return 0
+	}
+	return factor
+}
+
 func (f field) backend() Backend {
-	o := f.object("name", "address", "node")
-	b := Backend{Name: o["name"].required("name the backend").name(), Node: o["node"].name()}
+	o := f.object("name", "address", "node", "weight")
+	b := Backend{
+		Name: o["name"].required("name the backend").name(),
+		Node: o["node"].name(), Weight: o["weight"].integer(1, 1, 256),
+	}
 	if a := o["address"].required("give the API server's address and port, such as 10.77.0.11:6443"); a.given() {
 		b.Address = a.addressPort("10.77.0.11:6443")
 		if b.Address.IsValid() && !a.unicast(b.Address.Addr()) {
@@ -263,21 +306,33 @@ func (f field) backend() Backend {
 }
 
 func (f field) healthCheck() HealthCheck {
-	o := f.object("scheme", "path", "interval", "timeout", "fall", "rise", "caFile")
+	o := f.object("scheme", "path", "interval", "timeout", "fall", "rise", "caFile", "certFile", "keyFile")
 	h := HealthCheck{
 		Scheme:   choice(o["scheme"], HTTPS, HTTP, TCP),
 		Interval: o["interval"].duration(500*time.Millisecond, 50*time.Millisecond, time.Minute),
 		Fall:     o["fall"].integer(2, 1, 10),
 		Rise:     o["rise"].integer(2, 1, 10),
 		CAFile:   o["caFile"].file(),
+		CertFile: o["certFile"].file(),
+		KeyFile:  o["keyFile"].file(),
 	}
 	h.Timeout = o["timeout"].duration(min(400*time.Millisecond, h.Interval*4/5), 10*time.Millisecond, time.Minute)
 	if h.Interval > 0 && h.Timeout > h.Interval {
 		o["timeout"].fail(fmt.Sprintf("%v is longer than the interval, %v: checks would pile up", h.Timeout, h.Interval),
 			"give at most the interval")
 	}
-	if h.CAFile != "" && (h.Scheme == HTTP || h.Scheme == TCP) {
-		o["caFile"].fail("is of no use with the scheme "+string(h.Scheme), "use https, or leave it out")
+	if h.Scheme == HTTP || h.Scheme == TCP {
+		for _, key := range []string{"caFile", "certFile", "keyFile"} {
+			if o[key].given() {
+				o[key].fail("is of no use with the scheme "+string(h.Scheme), "use https, or leave it out")
+				break
+			}
+		}
+	}
+	for key, other := range map[string]string{"certFile": "keyFile", "keyFile": "certFile"} {
+		if o[key].given() && !o[other].given() {
+			o[other].fail("is missing, and "+key+" is given", "give both, or neither")
+		}
 	}
 	if h.Scheme == TCP {
 		if o["path"].given() {

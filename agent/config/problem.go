@@ -18,7 +18,10 @@ type Problem struct {
 }
 
 // Error prints the problem on one line: "agent.yaml:12: vips[0].address: MESSAGE; REMEDY".
-func (p Problem) Error() string {
+func (p Problem) Error() string { return p.Finding() + "; " + p.Remedy }
+
+// Finding prints the problem without its remedy.
+func (p Problem) Finding() string {
 	var b strings.Builder
 	b.WriteString(p.File)
 	if p.Line > 0 {
@@ -28,7 +31,7 @@ func (p Problem) Error() string {
 	if p.Key != "" {
 		b.WriteString(p.Key + ": ")
 	}
-	b.WriteString(p.Message + "; " + p.Remedy)
+	b.WriteString(p.Message)
 	return b.String()
 }
 

@@ -106,6 +106,11 @@ type word struct {
 
 // member is a stand-in for another member behind the real server.
 type member struct {
+	server.StatusSource // nil, as are the next ones: never asked for, but for Withdrawn
+	server.EventSource
+	server.ControlSink
+	server.MeshPeer
+
 	mu    sync.Mutex
 	words []word
 }
@@ -129,23 +134,13 @@ func (m *member) forget() {
 	m.words = nil
 }
 
-// The rest of what a server wants of an agent is never asked for.
-func (m *member) Heartbeat(context.Context, string, *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error) {
-	return nil, errors.ErrUnsupported
-}
-func (m *member) Status() *hameshv1.GetStatusResponse { return nil }
-func (m *member) Changed() <-chan struct{}            { return nil }
-func (m *member) MoveVip(context.Context, *hameshv1.MoveVipRequest, func(*hameshv1.MoveVipResponse) error) error {
-	return errors.ErrUnsupported
-}
-
 // join starts the real server of a member on its host.
 func (n *network) join(name string, options server.Options) *member {
 	n.t.Helper()
 	m := &member{}
 	options.Mesh, options.Node, options.Members = "prod", name, []string{"cp-1", "cp-2", "cp-3"}
 	options.Log = hclog.NewNullLogger()
-	s, err := server.New(options, m, m, m)
+	s, err := server.New(options, m, m, m, m)
 	must(n.t, err)
 	l, err := n.hosts[name].Listen("tcp", ":7443")
 	must(n.t, err)

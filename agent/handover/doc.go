@@ -1,4 +1,6 @@
-// Package handover lets established TCP connections outlive a planned move of a VIP.
+// Package handover lets established TCP connections outlive a planned move of a VIP, and
+// tells the clients of a node that has died so ([Tickle]).
+//
 // The node that gives the VIP away goes on serving the connections it has ([Kernel.Keep]);
 // the node that takes it sends the packets of connections it does not know back to the
 // former one ([Kernel.Forward]). Answers go from the former node straight to the client.
@@ -18,8 +20,8 @@
 // then announce: it may have given the same VIP away moments ago, and what is kept is
 // silent on the segment. A move that fails is undone by Unkeep and Unforward.
 //
-// Whoever learns that another node has become the owner drops its own forward to that
-// node, and only to that one; the giver does so itself once its address is off. So in
+// Whoever learns that another node has become the owner, and that the segment knows it too,
+// drops its own forward to that node, and only to that one. So in
 // A→B→C the packets of A's connections go by way of C and B, in A→B→A those of B's go by
 // way of A, and no forwards ever form a ring. For as long as that is not so, the hop limit
 // of a packet, less one at each node, ends its way.

@@ -38,7 +38,7 @@ func Tickle(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) e
 	if err != nil {
 		return explain("open a raw socket", err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }() // nothing is buffered that could fail
 	if err := unix.Bind(fd, sockaddr(vip.Addr())); err != nil {
 		return fmt.Errorf("speak as %v: %w", vip.Addr(), err)
 	}

@@ -61,6 +61,9 @@ func NewCheck(rise, fall int) *Check {
 	return &Check{rise: max(rise, 1), fall: max(fall, 1)}
 }
 
+// Resume takes the state of an earlier check of the same backend, in place of Unknown.
+func (c *Check) Resume(state State) { c.state, c.against = state, 0 }
+
 // Observe takes the next result and reports whether the state has changed. The reason
 // says why the check failed.
 func (c *Check) Observe(ok bool, reason string) bool {

@@ -37,3 +37,15 @@ func TestCheck(t *testing.T) {
 		})
 	}
 }
+
+func TestCheckResumes(t *testing.T) {
+	c := NewCheck(2, 2)
+	c.Resume(Up)
+	if c.Observe(false, "HTTP 503") || c.State() != Up {
+		t.Errorf("%v after one failure", c.State())
+	}
+	c.Resume(Down)
+	if c.Observe(true, "") || c.State() != Down {
+		t.Errorf("%v after one success", c.State())
+	}
+}

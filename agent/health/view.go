@@ -2,14 +2,16 @@ package health
 
 import (
 	"maps"
+	"net/netip"
 	"slices"
 	"time"
 )
 
 // Backend is one API server behind a proxy.
 type Backend struct {
-	Name string
-	Node string // the member it runs on, whose own agent sees it first-hand; empty: none
+	Name    string
+	Address netip.AddrPort // another one makes it another backend
+	Node    string         // the member it runs on, whose own agent sees it first-hand; empty: none
 }
 
 // Report is what one member's own checks say about one backend.
@@ -85,6 +87,18 @@ func NewView(cfg Config) *View {
 	}
 }
 
+// SetBackends takes the place of Config.Backends. What is known and ordered of a backend
+// that is there no more is forgotten.
+func (v *View) SetBackends(backends []Backend) {
+	for _, b := range v.cfg.Backends {
+		if !slices.ContainsFunc(backends, func(kept Backend) bool { return kept.Name == b.Name && kept.Address == b.Address }) {
+			delete(v.own, b.Name)
+			delete(v.orders, b.Name)
+		}
+	}
+	v.cfg.Backends = backends
+}
+
 // Observe takes the result of an own check that ended now.
 func (v *View) Observe(now time.Duration, backend string, r Result) {
 	o := v.own[backend]
@@ -137,11 +151,11 @@ func (v *View) Backends(now time.Duration) []Status {
 func (v *View) status(now time.Duration, b Backend) Status {
 	s := Status{Backend: b.Name, SeenUpBy: v.seenUpBy(now, b.Name)}
 	s.State, s.Reason = v.judge(now, b)
-	switch v.orders[b.Name] {
-	case Drain:
-		s.State, s.Reason = Draining, "by an operator's order"
-	case Disable:
+	switch order := v.orders[b.Name]; {
+	case order == Disable:
 		s.State, s.Reason = Disabled, "by an operator's order"
+	case order == Drain && s.State == Up: // what is down serves nobody, whatever was ordered
+		s.State, s.Reason = Draining, "by an operator's order"
 	}
 	return s
 }

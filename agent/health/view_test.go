@@ -2,6 +2,7 @@ package health
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -88,10 +89,14 @@ func TestView(t *testing.T) {
 			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
 			v.SetDead(nil)
 		}, 3 * s, "up:  [cp-1]"},
-		{"draining, though down", func(v *View) {
+		{"draining", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetOrder("b", Drain)
+		}, s, "draining: by an operator's order [cp-1]"},
+		{"down, though to be drained", func(v *View) {
 			v.Observe(s, "b", down("HTTP 503"))
 			v.SetOrder("b", Drain)
-		}, s, "draining: by an operator's order []"},
+		}, s, "down: HTTP 503 []"},
 		{"disabled, though up", func(v *View) {
 			v.Observe(s, "b", up(0))
 			v.SetOrder("b", Disable)
@@ -137,5 +142,29 @@ func TestViewOwn(t *testing.T) {
 	want := "[{a up } {b down HTTP 503}]"
 	if got := fmt.Sprint(v.Own()); got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestViewSetBackends(t *testing.T) {
+	v := newView()
+	for _, name := range []string{"a", "b", "x"} {
+		v.Observe(time.Second, name, up(0))
+	}
+	v.SetOrder("b", Disable)
+	moved := Backend{Name: "a", Address: netip.MustParseAddrPort("10.77.0.11:6444"), Node: "cp-1"}
+	v.SetBackends([]Backend{moved, {Name: "x", Node: "cp-3"}, {Name: "new"}})
+	view := func() (all []string) {
+		for _, s := range v.Backends(time.Second) {
+			all = append(all, fmt.Sprintf("%s %v", s.Backend, s.State))
+		}
+		return all
+	}
+	if got, want := strings.Join(view(), ", "), "a down, x up, new down"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	v.SetBackends([]Backend{moved, {Name: "b", Node: "cp-2"}})
+	v.Observe(time.Second, "b", up(0))
+	if got, want := strings.Join(view(), ", "), "a down, b up"; got != want {
+		t.Errorf("got %s, want %s: what was ordered of a backend that was gone is void", got, want)
 	}
 }

@@ -31,11 +31,15 @@ const (
 	BackendSent        = "hamesh_backend_sent_bytes_total"       // from clients to the backend
 	BackendReceived    = "hamesh_backend_received_bytes_total"   // from the backend to clients
 	CheckSeconds       = "hamesh_backend_check_seconds"          // duration of own checks
+	ConnectSeconds     = "hamesh_backend_connect_seconds"        // duration of connects that succeeded
 
 	ProxyAccepted     = "hamesh_proxy_accepted_total"      // label proxy
 	ProxyAcceptErrors = "hamesh_proxy_accept_errors_total" // such as too many open files
 	ProxyFailedOpen   = "hamesh_proxy_failed_open_total"   // relayed to a backend that looked down, for want of a better one
 	ProxyUnserved     = "hamesh_proxy_unserved_total"      // reset because no backend accepted
+	ProxyConnections  = "hamesh_proxy_connections"         // of clients, now
+	ProxyLimit        = "hamesh_proxy_connections_limit"   // the most of them
+	ProxyEnded        = "hamesh_proxy_ended_total"         // labels proxy, cause: as in the connection log
 
 	StoreAvailable = "hamesh_store_available" // 1: it answers this member
 )
@@ -51,12 +55,13 @@ type Sample struct {
 
 // Metrics is the agent's registry with the few values that are counted here.
 type Metrics struct {
-	Registry   *prometheus.Registry
-	Sent       prometheus.Counter
-	Received   *prometheus.CounterVec   // peer
-	RTT        *prometheus.HistogramVec // peer
-	CheckTimes *prometheus.HistogramVec // proxy, backend
-	Moves      *prometheus.CounterVec   // vip, result
+	Registry     *prometheus.Registry
+	Sent         prometheus.Counter
+	Received     *prometheus.CounterVec   // peer
+	RTT          *prometheus.HistogramVec // peer
+	CheckTimes   *prometheus.HistogramVec // proxy, backend
+	ConnectTimes *prometheus.HistogramVec // proxy, backend
+	Moves        *prometheus.CounterVec   // vip, result
 }
 
 // New makes the registry; samples is asked at each scrape.
@@ -73,11 +78,15 @@ func New(version string, samples func() []Sample) *Metrics {
 			Name: CheckSeconds, Help: "Duration of this node's own checks.",
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 13), // 0.5 ms to 2 s
 		}, []string{"proxy", "backend"}),
+		ConnectTimes: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: ConnectSeconds, Help: "Duration of the connects to the backend that succeeded.",
+			Buckets: prometheus.ExponentialBuckets(0.00005, 4, 9), // 50 µs to 3.3 s
+		}, []string{"proxy", "backend"}),
 		Moves: prometheus.NewCounterVec(prometheus.CounterOpts{Name: VIPMoves, Help: "Ordered moves of VIPs that this node owned."}, []string{"vip", "result"}),
 	}
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: BuildInfo, Help: "Version of the agent."}, []string{"version"})
 	build.WithLabelValues(version).Set(1)
-	m.Registry.MustRegister(build, m.Sent, m.Received, m.RTT, m.CheckTimes, m.Moves, sampler(samples),
+	m.Registry.MustRegister(build, m.Sent, m.Received, m.RTT, m.CheckTimes, m.ConnectTimes, m.Moves, sampler(samples),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -85,6 +94,12 @@ func New(version string, samples func() []Sample) *Metrics {
 // Observe notes how long a check took.
 func (m *Metrics) Observe(proxy, backend string, took time.Duration) {
 	m.CheckTimes.WithLabelValues(proxy, backend).Observe(took.Seconds())
+}
+
+// Forget drops what was counted of a backend that is there no more.
+func (m *Metrics) Forget(proxy, backend string) {
+	m.CheckTimes.DeleteLabelValues(proxy, backend)
+	m.ConnectTimes.DeleteLabelValues(proxy, backend)
 }
 
 // sampler makes metrics of what is true at the time of a scrape.

@@ -142,7 +142,7 @@ func (b *fuzzBytes) event(now Instant) Event {
 	case 10:
 		return AddressState{VIP: b.vip(), Held: b.bool(), Gen: uint64(b.int(8))}
 	case 11:
-		return Eligibility{b.bool()}
+		return Eligibility{Eligible: b.bool()}
 	case 12:
 		return Withdrawn{Member: b.member(), Boot: uint64(b.int(4)), VIPs: []string{b.vip()}}
 	case 13:

@@ -157,7 +157,7 @@ func (s *script) do(fields []string) error {
 	case "eligible", "ineligible":
 		n := member(0)
 		n.elig = what == "eligible"
-		n.deliver(Eligibility{n.elig})
+		n.deliver(Eligibility{Eligible: n.elig})
 	case "stall":
 		member(0).stalled = w.now + duration(args[1])
 	case "cut":

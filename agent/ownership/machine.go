@@ -34,6 +34,7 @@ type Machine struct {
 
 	ready    bool // boot key written and records read
 	eligible bool
+	unfit    string // why it is not eligible, for people
 	stopping bool
 
 	lease     int64 // of this boot; 0: none
@@ -201,7 +202,7 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 			v.held, v.heldGen = ev.Held, ev.Gen
 		}
 	case Eligibility:
-		m.eligible = ev.Eligible
+		m.eligible, m.unfit = ev.Eligible, ev.Reason
 	case Withdrawn:
 		m.takeWithdrawal(ev)
 	case Probed:
@@ -210,6 +211,8 @@ func (m *Machine) Step(now Instant, ev Event) Output {
 		m.takeForeign(ev)
 	case MoveOrder:
 		m.takeOrder(now, ev)
+	case Settings:
+		m.takeSettings(ev)
 	case Shutdown:
 		m.stopping = true
 	default:

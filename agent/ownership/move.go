@@ -159,9 +159,27 @@ func (m *Machine) proceed(now Instant, v *vip) {
 	case m.stopping:
 		m.startMove(now, v, to, m.cfg.Self+" shuts down", nil)
 	case !m.eligible:
-		m.startMove(now, v, to, m.cfg.Self+" is not eligible", nil)
+		reason := m.cfg.Self + " is not eligible"
+		if m.unfit != "" {
+			reason += ": " + m.unfit
+		}
+		m.startMove(now, v, to, reason, nil)
 	case now.Sub(v.wellFrom) >= wellFor*m.cfg.Timing.LeaseTTL:
 		m.startMove(now, v, v.Preferred[0], v.Preferred[0]+" is preferred", nil)
+	}
+}
+
+// takeSettings takes priority and preferences. Another first preferred member has to be
+// well for as long as the one before it had.
+func (m *Machine) takeSettings(s Settings) {
+	m.self.Priority = s.Priority
+	for _, newer := range s.VIPs {
+		if v := m.vip(newer.Name); v != nil {
+			if !slices.Equal(v.Preferred, newer.Preferred) {
+				v.wellFrom = forever
+			}
+			v.VIP = newer
+		}
 	}
 }
 

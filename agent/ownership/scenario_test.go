@@ -336,7 +336,7 @@ var faultKinds = []func(*world, *rand.Rand){
 		n := w.any(rng)
 		n.elig = !n.elig
 		w.say("%s eligible %v", n.name, n.elig)
-		n.deliver(Eligibility{n.elig})
+		n.deliver(Eligibility{Eligible: n.elig})
 	},
 	func(w *world, rng *rand.Rand) {
 		p := w.any(rng)
@@ -361,7 +361,7 @@ func (w *world) heal() {
 		}
 		if !n.elig {
 			n.elig = true
-			n.deliver(Eligibility{true})
+			n.deliver(Eligibility{Eligible: true})
 		}
 	}
 }

@@ -241,7 +241,7 @@ func (n *node) start() {
 	n.m, n.stalled, n.lease, n.waking, n.moveSent, n.moveLost = New(cfg, n.clock()), 0, 0, 0, 0, 0
 	n.m.faults = n.w.faults
 	n.w.say("%s starts, boot %d", n.name, n.boot)
-	n.step(Eligibility{n.elig})
+	n.step(Eligibility{Eligible: n.elig})
 	n.writeBoot()
 }
 

@@ -20,7 +20,8 @@ func (t Instant) Sub(u Instant) time.Duration { return time.Duration(t - u) }
 // String prints the instant as a duration since the origin.
 func (t Instant) String() string { return time.Duration(t).String() }
 
-// Config is what a Machine needs to know beforehand; it never changes.
+// Config is what a Machine needs to know beforehand. Nothing of it changes but what
+// Settings says.
 type Config struct {
 	Self          string
 	Boot          uint64 // higher than that of every earlier start on this node
@@ -254,8 +255,11 @@ type AddressState struct {
 	Gen  uint64 // the newest Hold that had been applied when this was read
 }
 
-// Eligibility says whether this member may take VIPs.
-type Eligibility struct{ Eligible bool }
+// Eligibility says whether this member may take VIPs, and for people, why not.
+type Eligibility struct {
+	Eligible bool
+	Reason   string
+}
 
 // Withdrawn is the word of a member's guard: the kernel has reported that the agent of
 // that boot is gone, and its addresses have been taken off and seen to be off. It is
@@ -275,6 +279,13 @@ type MoveOrder struct {
 	To      string // empty: the best other candidate
 }
 
+// Settings takes the place of what of a Config may change: this member's priority, and
+// the preferences of VIPs, which are found by their names.
+type Settings struct {
+	Priority int
+	VIPs     []VIP
+}
+
 // Shutdown asks the member to hand everything over; Output.Stopped says when it has.
 type Shutdown struct{}
 
@@ -289,6 +300,7 @@ func (AddressState) event()      {}
 func (Eligibility) event()       {}
 func (Withdrawn) event()         {}
 func (MoveOrder) event()         {}
+func (Settings) event()          {}
 func (Shutdown) event()          {}
 
 // Output is what a member wants after an event. Holds are the whole desired state and

@@ -53,11 +53,12 @@ type Link struct {
 
 	mu   sync.Mutex
 	conn *grpc.ClientConn // of the present session; nil: none
+	lost time.Time        // since when there is none
 }
 
 // New returns a link that does nothing until Run.
 func New(cfg Config) *Link {
-	return &Link{cfg: cfg, fresh: make(chan struct{}, 1)}
+	return &Link{cfg: cfg, fresh: make(chan struct{}, 1), lost: time.Now()}
 }
 
 // String names the task.
@@ -82,6 +83,28 @@ func (l *Link) Control() (hameshv1.ControlServiceClient, bool) {
 		return nil, false
 	}
 	return hameshv1.NewControlServiceClient(l.conn), true
+}
+
+// Mesh returns a client for the member's MeshService over the present session; false while
+// there is none.
+func (l *Link) Mesh() (hameshv1.MeshServiceClient, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn == nil {
+		return nil, false
+	}
+	return hameshv1.NewMeshServiceClient(l.conn), true
+}
+
+// Status returns a client for the member's StatusService over the present session; false
+// while there is none.
+func (l *Link) Status() (hameshv1.StatusServiceClient, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn == nil {
+		return nil, false
+	}
+	return hameshv1.NewStatusServiceClient(l.conn), true
 }
 
 // Run keeps one session after another until ctx ends, and then returns nil.
@@ -168,7 +191,17 @@ func (l *Link) session(ctx context.Context) (acked bool, err error) {
 func (l *Link) setConn(conn *grpc.ClientConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.conn = conn
+	l.conn, l.lost = conn, time.Now()
+}
+
+// Lost returns for how long there has been no session; 0 while there is one.
+func (l *Link) Lost() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn != nil {
+		return 0
+	}
+	return time.Since(l.lost)
 }
 
 // sentTimes remembers when the last heartbeats left.

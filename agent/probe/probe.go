@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -42,11 +43,20 @@ type Config struct {
 	// CAFile has the certificates, as PEM, that the server's must be signed by. Where
 	// it is empty, any certificate will do: the check asks whether the server works;
 	// who it is, clients verify for themselves through the proxy.
-	CAFile   string
+	CAFile string
+	// CertFile and KeyFile, as PEM, are shown to a server that asks for a certificate, as
+	// one with --anonymous-auth=false does. They are read again for each check, so that
+	// renewed ones need no restart. Both or neither is set.
+	CertFile, KeyFile string
+	// Header: a header of the PROXY protocol comes first, that says that the connection
+	// is the checker's own (doc/proxy-protocol.txt of HAProxy, section 2.2, LOCAL).
+	Header   bool
 	Interval time.Duration // from the start of one check to the next, spread by a tenth either way
 	Timeout  time.Duration // of the whole check: connect, handshake and answer
 	Rise     int           // successes in a row that make it up
 	Fall     int           // failures in a row that make it down
+	// Known is what an earlier probe of the same backend has found; Unknown: there was none.
+	Known health.State
 	// OnResult gets every result, one at a time, and must not block: the next check
 	// waits for it.
 	OnResult func(health.Result)
@@ -61,27 +71,32 @@ type Probe struct {
 }
 
 // New returns a probe that does nothing until Run. It fails for a Config that cannot
-// work, or if CAFile cannot be read or has no certificate in it.
+// work, or if one of its files cannot be read or does not have in it what it should.
 func New(cfg Config) (*Probe, error) {
 	p := &Probe{
 		cfg:   cfg,
 		count: health.NewCheck(cfg.Rise, cfg.Fall),
 		hurry: make(chan struct{}, 1),
 	}
+	p.count.Resume(cfg.Known)
 	if !cfg.Address.IsValid() || cfg.Interval <= 0 || cfg.Timeout <= 0 || cfg.OnResult == nil {
 		return nil, errors.New("a probe needs an address, an interval, a timeout and someone who takes its results")
 	}
+	dial := new(net.Dialer).DialContext
+	if cfg.Header {
+		dial = dialWithHeader
+	}
 	switch cfg.Scheme {
 	case HTTPS:
-		tlsConfig, err := tlsConfig(cfg.CAFile)
+		tlsConfig, err := tlsConfig(cfg)
 		if err != nil {
 			return nil, err
 		}
-		p.check = get("https://"+cfg.Address.String()+cfg.Path, tlsConfig)
+		p.check = get("https://"+cfg.Address.String()+cfg.Path, dial, tlsConfig)
 	case HTTP:
-		p.check = get("http://"+cfg.Address.String()+cfg.Path, nil)
+		p.check = get("http://"+cfg.Address.String()+cfg.Path, dial, nil)
 	case TCP:
-		p.check = connect(cfg.Address.String())
+		p.check = connect(cfg.Address.String(), dial)
 	default:
 		return nil, fmt.Errorf("unknown scheme %d", cfg.Scheme)
 	}
@@ -90,16 +105,26 @@ func New(cfg Config) (*Probe, error) {
 
 // Run checks at once, and then again and again until ctx ends; then it returns nil.
 // While the results are in doubt, too few of them as yet for a decision, it checks twice
-// as often.
+// as often; and where a backend that was well does not answer within half the time-out, the
+// next check does not wait for the end of that one.
 func (p *Probe) Run(ctx context.Context) error {
 	for {
 		started := time.Now()
-		result := p.once(ctx)
-		if ctx.Err() != nil {
-			return nil
+		answer := p.start(ctx)
+		if p.count.State() == health.Up {
+			select {
+			case a := <-answer:
+				answer <- a // there is room for one
+			case <-time.After(p.cfg.Timeout / 2):
+				started = time.Now()
+				next := p.start(ctx)
+				if !p.take(ctx, <-answer) {
+					return nil
+				}
+				answer = next
+			}
 		}
-		p.cfg.OnResult(result)
-		if !p.wait(ctx, started) {
+		if !p.take(ctx, <-answer) || !p.wait(ctx, started) {
 			return nil
 		}
 	}
@@ -137,18 +162,38 @@ func (p *Probe) wait(ctx context.Context, started time.Time) bool {
 	}
 }
 
-func (p *Probe) once(ctx context.Context) health.Result {
-	started := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
-	defer cancel()
-	err := p.check(ctx)
-	result := health.Result{OK: err == nil, Took: time.Since(started)}
-	if err != nil {
-		result.Reason = p.reason(err)
+// answer is how one check ended.
+type answer struct {
+	err  error
+	took time.Duration
+}
+
+// start begins a check. The answer comes in time, whatever the backend does.
+func (p *Probe) start(ctx context.Context) chan answer {
+	c := make(chan answer, 1)
+	go func() {
+		started := time.Now()
+		ctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
+		defer cancel()
+		err := p.check(ctx)
+		c <- answer{err, time.Since(started)}
+	}()
+	return c
+}
+
+// take counts an answer and tells of it; false when ctx has ended.
+func (p *Probe) take(ctx context.Context, a answer) bool {
+	if ctx.Err() != nil {
+		return false
+	}
+	result := health.Result{OK: a.err == nil, Took: a.took}
+	if a.err != nil {
+		result.Reason = p.reason(a.err)
 	}
 	p.count.Observe(result.OK, result.Reason)
 	result.State = p.count.State()
-	return result
+	p.cfg.OnResult(result)
+	return true
 }
 
 // statusError is an answer other than 200.
@@ -156,9 +201,30 @@ type statusError int
 
 func (e statusError) Error() string { return fmt.Sprintf("HTTP %d", int(e)) }
 
-func get(target string, tlsConfig *tls.Config) func(context.Context) error {
+// dialFunc connects to a server.
+type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
+// localHeader is a whole header of the PROXY protocol: the signature, version 2 with the
+// command LOCAL, no family, no addresses.
+const localHeader = "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
+
+// dialWithHeader connects and sends localHeader.
+func dialWithHeader(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := io.WriteString(conn, localHeader); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+func get(target string, dial dialFunc, tlsConfig *tls.Config) func(context.Context) error {
 	client := &http.Client{
 		Transport: &http.Transport{
+			DialContext:       dial,
 			TLSClientConfig:   tlsConfig,
 			DisableKeepAlives: true,
 		},
@@ -188,10 +254,9 @@ func get(target string, tlsConfig *tls.Config) func(context.Context) error {
 	}
 }
 
-func connect(address string) func(context.Context) error {
+func connect(address string, dial dialFunc) func(context.Context) error {
 	return func(ctx context.Context) error {
-		var dialer net.Dialer
-		conn, err := dialer.DialContext(ctx, "tcp", address)
+		conn, err := dial(ctx, "tcp", address)
 		if err != nil {
 			return err
 		}
@@ -199,19 +264,38 @@ func connect(address string) func(context.Context) error {
 	}
 }
 
-func tlsConfig(caFile string) (*tls.Config, error) {
-	if caFile == "" {
-		return &tls.Config{InsecureSkipVerify: true}, nil
+// tlsConfig makes what a check needs of TLS, and reads the files once, so that wrong ones
+// are found at start.
+func tlsConfig(cfg Config) (*tls.Config, error) {
+	// Most of a check's cost is the handshake; a server that is started anew needs a whole one.
+	c := &tls.Config{ClientSessionCache: tls.NewLRUClientSessionCache(1)}
+	if cfg.CAFile == "" {
+		c.InsecureSkipVerify = true
+	} else {
+		pem, err := os.ReadFile(cfg.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("reading the certificate authority: %w", err)
+		}
+		c.RootCAs = x509.NewCertPool()
+		if !c.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("no certificate in %s", cfg.CAFile)
+		}
 	}
-	pem, err := os.ReadFile(caFile)
-	if err != nil {
-		return nil, fmt.Errorf("reading the certificate authority: %w", err)
+	if cfg.CertFile == "" && cfg.KeyFile == "" {
+		return c, nil
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("no certificate in %s", caFile)
+	read := func() (*tls.Certificate, error) {
+		pair, err := tls.LoadX509KeyPair(cfg.CertFile, cfg.KeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("reading the certificate for the backends: %w", err)
+		}
+		return &pair, nil
 	}
-	return &tls.Config{RootCAs: pool}, nil
+	if _, err := read(); err != nil {
+		return nil, err
+	}
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return read() }
+	return c, nil
 }
 
 // reason says in a few words why a check failed.
@@ -222,6 +306,7 @@ func (p *Probe) reason(err error) string {
 		status    statusError
 		alert     tls.AlertError
 		untrusted *tls.CertificateVerificationError
+		remote    *net.OpError
 	)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &netErr) && netErr.Timeout():
@@ -232,6 +317,8 @@ func (p *Probe) reason(err error) string {
 		return "TLS: " + untrusted.Err.Error()
 	case errors.Is(err, http.ErrSchemeMismatch):
 		return "TLS: the server speaks plain HTTP"
+	case errors.As(err, &remote) && remote.Op == "remote error": // an alert, crypto/tls
+		return "TLS: " + strings.TrimPrefix(remote.Err.Error(), "tls: ")
 	case errors.As(err, &alert):
 		return "TLS: " + alert.Error()
 	case errors.Is(err, syscall.ECONNRESET):

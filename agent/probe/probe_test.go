@@ -16,7 +16,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -217,15 +219,21 @@ func pace(t *testing.T, took time.Duration, answers []error, after func(p *Probe
 		t.Fatal(err)
 	}
 	start := time.Now()
+	var mu sync.Mutex
 	p.check = func(context.Context) error {
+		mu.Lock()
 		began = append(began, time.Since(start))
+		i := len(began) - 1
+		mu.Unlock()
 		time.Sleep(took)
-		return answers[len(began)-1]
+		return answers[min(i, len(answers)-1)]
 	}
 	if err := p.Run(ctx); err != nil {
 		t.Fatal(err)
 	}
-	return began
+	mu.Lock()
+	defer mu.Unlock()
+	return slices.Clone(began)
 }
 
 func TestPace(t *testing.T) {
@@ -263,10 +271,12 @@ func TestPace(t *testing.T) {
 			within(t, began, 5, 900*ms, 1100*ms)
 		})
 	})
-	t.Run("at once after a long check in doubt", func(t *testing.T) {
+	t.Run("before the end of one that takes long", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			began := pace(t, 800*ms, []error{nil, bad, bad}, nil)
-			within(t, began, 2, 800*ms, 800*ms)
+			began := pace(t, 800*ms, []error{nil, bad, bad, bad, bad}, nil)
+			within(t, began, 2, 400*ms, 400*ms)
+			within(t, began, 3, 900*ms, 1100*ms) // it is down: one at a time
+			within(t, began, 4, 900*ms, 1100*ms)
 		})
 	})
 	t.Run("in a hurry", func(t *testing.T) {

@@ -2,20 +2,15 @@ package proxy
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"maps"
-	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-
-	"github.com/hamesh/hamesh/agent/health"
-	"github.com/hamesh/hamesh/agent/proxy/affinity"
 )
 
 // OnDown is what becomes of the established connections of a backend that goes down.
@@ -26,109 +21,98 @@ const (
 	_ OnDown = iota
 	// OnDownClose resets them at once, so that clients reconnect at once.
 	OnDownClose
-	// OnDownDrain leaves them until they end by themselves.
+	// OnDownDrain leaves them until they end by themselves, for Config.DrainTimeout at most.
 	OnDownDrain
 )
 
-// Backend is one server to which connections are relayed.
-type Backend struct {
-	Name    string
-	Address netip.AddrPort
-	Weight  int // share of the clients among the backends; 0 counts as 1
+// ConnectionLog is which sessions are logged when they end.
+type ConnectionLog int
+
+// The zero ConnectionLog counts as LogOff.
+const (
+	_ ConnectionLog = iota
+	// LogOff: none. The counts by cause tell what goes on, and an API server has an audit log.
+	LogOff
+	// LogErrors: those that did not end in good order.
+	LogErrors
+	// LogAll: every one.
+	LogAll
+)
+
+// Limits bound what clients may take up.
+type Limits struct {
+	Connections int // of all clients at a time; 0: no limit
+	PerClient   int // of one client address at a time; 0: no limit
 }
 
 // Config says what a Proxy does.
 type Config struct {
 	Name     string
-	Port     uint16 // 0: any free port
-	Backends []Backend
+	Port     uint16    // 0: any free port
+	Backends []Backend // 64 at most
 	OnDown   OnDown
+	// DrainTimeout bounds how long connections are left to a backend that drains; 0: for ever.
+	DrainTimeout time.Duration
 	// DialTimeout bounds the whole search for a backend that accepts, for one client.
 	// 0: 3 seconds, so that a SYN is repeated once (RFC 6298 section 2: after 1 s).
 	DialTimeout time.Duration
-	Log         hclog.Logger // nil: no log
-	// OnConnectFailure, if set, is told of each attempt that a backend refused or left
-	// unanswered. It is called by the connections' own goroutines, several at a time,
-	// and must not block.
+	// LoadFactor bounds a backend's connections to so many times its fair share; see
+	// [affinity.Choose]. Below 1: no bound.
+	LoadFactor float64
+	// SlowStart is how long a backend that recovers takes to get all of its clients back;
+	// 0: it gets them at once.
+	SlowStart     time.Duration
+	Limits        Limits
+	ConnectionLog ConnectionLog
+	Greeting      Greeting
+	Log           hclog.Logger // nil: no log
+	// OnConnectFailure, if set, is told of each attempt that a backend refused, left
+	// unanswered, or has not answered as yet (ErrSilent). OnConnect is told how long each
+	// attempt that succeeded took. Both are called by the goroutines that relay, and must
+	// not block.
 	OnConnectFailure func(backend string, err error)
+	OnConnect        func(backend string, took time.Duration)
 }
 
 // Proxy is one listening port and the connections made through it.
 type Proxy struct {
 	cfg      Config
 	log      hclog.Logger
+	journal  *journal   // nil: no connection log
 	backends []*backend // in the order of the configuration
-	ranked   []affinity.Backend
+	retired  []*backend // not in the configuration any more, and yet with sessions
+	own      ownAddresses
 
-	accepted, acceptErrors, failedOpen, unserved atomic.Uint64
+	accepted, acceptErrors, failedOpen atomic.Uint64
+	causes                             [causes]atomic.Uint64
+	warned                             atomic.Int64 // when last, since origin
 
-	// alive ends with Close, and with it the search for backends.
-	alive context.Context
-	end   context.CancelFunc
+	running sync.WaitGroup // loops
+	failed  chan error     // of a loop
+	stopped chan struct{}  // closed by Close
 
 	mu       sync.Mutex
-	listener *net.TCPListener
+	listener int // -1: none
+	port     uint16
+	loops    []*loop         // from the first Run on
+	adopted  []HandedSession // until then
 	closed   bool
 	active   int           // connections from accept to their end
 	idle     chan struct{} // closed while active is 0
+	clients  map[netip.Addr]int
 }
 
-// backend is a Backend and what goes on with it.
-type backend struct {
-	Backend
-	sent, received, total, failures atomic.Uint64
+// loopsOf returns how many loops a proxy has: one of them relays some 100 Gbit/s, or makes
+// some 20,000 connections a second, so that four are more than API servers can use.
+func loopsOf(processors int) int { return max(1, min(processors, 4)) }
 
-	// Guarded by Proxy.mu.
-	state health.State
-	links map[*link]struct{}
-}
-
-// link is a client's connection and the one to its backend.
-type link struct {
-	client, server *net.TCPConn
-	backend        *backend
-	chosen         health.State // the backend's, when it was chosen
-}
-
-// reset ends both connections with an RST, so that neither side waits for an answer.
-func (l *link) reset() {
-	abort(l.client)
-	abort(l.server)
-}
-
-// reset resets links, all at once: closing a connection waits for those who use it.
-func reset(links []*link) {
-	var group sync.WaitGroup
-	for _, l := range links {
-		group.Go(l.reset)
-	}
-	group.Wait()
-}
-
-// Stats are counts since the start, except for Backends[i].Established.
-type Stats struct {
-	Accepted     uint64 // connections of clients
-	AcceptErrors uint64 // such as too many open files
-	FailedOpen   uint64 // connections relayed to a backend that was not up, for want of a better one
-	Unserved     uint64 // connections reset because no backend accepted
-	Backends     []BackendStats
-}
-
-// BackendStats are the counts of one backend.
-type BackendStats struct {
-	Name        string
-	State       health.State
-	Established int    // connections now
-	Total       uint64 // connections ever relayed
-	Failures    uint64 // attempts to connect that failed
-	Sent        uint64 // bytes from clients to the backend
-	Received    uint64 // bytes from the backend to clients
-}
+// maxBackends is how many a session can keep in mind.
+const maxBackends = 64
 
 // New returns a proxy that does nothing until Listen and Run.
 func New(cfg Config) (*Proxy, error) {
-	if cfg.OnDown != OnDownClose && cfg.OnDown != OnDownDrain {
-		return nil, fmt.Errorf("unknown OnDown %d", cfg.OnDown)
+	if err := cfg.check(); err != nil {
+		return nil, err
 	}
 	if cfg.DialTimeout <= 0 {
 		cfg.DialTimeout = 3 * time.Second
@@ -136,16 +120,13 @@ func New(cfg Config) (*Proxy, error) {
 	if cfg.Log == nil {
 		cfg.Log = hclog.NewNullLogger()
 	}
-	p := &Proxy{cfg: cfg, log: cfg.Log, idle: make(chan struct{})}
-	p.alive, p.end = context.WithCancel(context.Background())
+	p := &Proxy{cfg: cfg, log: cfg.Log, listener: -1, idle: make(chan struct{}), clients: map[netip.Addr]int{},
+		failed: make(chan error, 1), stopped: make(chan struct{})}
 	close(p.idle)
-	for _, b := range cfg.Backends {
-		if !b.Address.IsValid() {
-			return nil, fmt.Errorf("backend %s has no valid address", b.Name)
-		}
-		b.Address = netip.AddrPortFrom(b.Address.Addr().Unmap(), b.Address.Port())
-		p.backends = append(p.backends, &backend{Backend: b, links: map[*link]struct{}{}})
-		p.ranked = append(p.ranked, affinity.Backend{Key: b.Address.String(), Weight: max(b.Weight, 1)})
+	p.openJournal()
+	for i, b := range cfg.Backends {
+		p.backends = append(p.backends, newBackend(b.normal()))
+		p.backends[i].index = i
 	}
 	return p, nil
 }
@@ -155,21 +136,16 @@ func New(cfg Config) (*Proxy, error) {
 // the port stays, and because a hand-over tells unknown flows from known ones by
 // whether they match a wildcard listener (nft(8), "socket wildcard").
 func (p *Proxy) Listen() error {
-	cfg := net.ListenConfig{KeepAliveConfig: keepAlive}
-	// Multipath TCP is Go's default for listeners, but its sockets are not found as
-	// TCP ones by those who look flows up in the kernel.
-	cfg.SetMultipathTCP(false)
-	listener, err := cfg.Listen(p.alive, "tcp", fmt.Sprintf(":%d", p.cfg.Port))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || p.listener >= 0 {
+		return fmt.Errorf("proxy %s is closed, or listens already", p.cfg.Name)
+	}
+	fd, err := listenOn(p.cfg.Port)
 	if err != nil {
 		return fmt.Errorf("listening for proxy %s: %w", p.cfg.Name, err)
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed || p.listener != nil {
-		listener.Close()
-		return fmt.Errorf("proxy %s is closed, or listens already", p.cfg.Name)
-	}
-	p.listener = listener.(*net.TCPListener)
+	p.listener, p.port = fd, localAddr(fd).Port()
 	return nil
 }
 
@@ -177,108 +153,129 @@ func (p *Proxy) Listen() error {
 func (p *Proxy) Port() uint16 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.listener == nil {
-		return 0
-	}
-	return p.listener.Addr().(*net.TCPAddr).AddrPort().Port()
+	return p.port
 }
 
 // Run accepts connections until ctx ends or Close is called; then it returns nil and
-// the port is no longer bound, while established connections go on. It fails only
-// if Listen has not succeeded before.
+// the port is no longer bound, while established connections go on. It fails if Listen
+// has not succeeded before, or if the kernel denies it what relaying takes.
 func (p *Proxy) Run(ctx context.Context) error {
 	p.mu.Lock()
-	listener := p.listener
-	p.mu.Unlock()
-	if listener == nil {
+	switch {
+	case p.closed:
+		p.mu.Unlock()
+		return nil
+	case p.listener < 0:
+		p.mu.Unlock()
 		return fmt.Errorf("proxy %s runs before it listens", p.cfg.Name)
 	}
-	defer listener.Close()
-	defer context.AfterFunc(ctx, func() { listener.Close() })()
-
-	var pause time.Duration
-	for {
-		client, err := listener.AcceptTCP()
-		switch {
-		case errors.Is(err, net.ErrClosed):
-			return nil
-		case err != nil:
-			// Out of descriptors or memory, mostly: the connections that wait stay in
-			// the kernel's queue until others have ended.
-			p.acceptErrors.Add(1)
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			p.log.Warn("accepting a connection failed", "proxy", p.cfg.Name, "error", err, "pause", pause)
-			select {
-			case <-ctx.Done():
-			case <-p.alive.Done():
-			case <-time.After(pause):
-			}
-			continue
+	err := p.startLoops()
+	loops, listener := p.loops, p.listener
+	if err == nil {
+		for i, s := range p.adopted {
+			l := loops[i%len(loops)]
+			l.post(func() { l.adopt(s) })
 		}
-		pause = 0
-		p.accepted.Add(1)
-		if !p.enter() {
-			abort(client)
-			continue
-		}
-		go p.serve(client)
-	}
-}
-
-// SetBackends says what state each backend is in; a backend that is not named keeps
-// its state, and is Unknown before it was first named. Saying the same again does nothing.
-//
-// New connections go to backends that are Up. Where none is Up or none of those accepts,
-// they go to Draining ones, then Unknown, then Down ones: an attempt is better than a
-// refusal. Disabled backends get none.
-//
-// Connections to a backend that becomes Disabled are reset before SetBackends returns;
-// those to one that becomes Down are too, with OnDownClose.
-func (p *Proxy) SetBackends(states map[string]health.State) {
-	var ended []*link
-	p.mu.Lock()
-	for _, b := range p.backends {
-		state, named := states[b.Name]
-		if !named || state == b.state {
-			continue
-		}
-		b.state = state
-		if p.resets(state) && len(b.links) > 0 {
-			p.log.Info("resetting connections", "proxy", p.cfg.Name, "backend", b.Name, "state", state, "connections", len(b.links))
-			ended = slices.AppendSeq(ended, maps.Keys(b.links))
+		p.adopted = nil
+		for _, l := range loops {
+			l.post(func() { l.listen(listener) })
 		}
 	}
 	p.mu.Unlock()
-	reset(ended)
-}
-
-// resets reports whether connections end when their backend comes into a state.
-func (p *Proxy) resets(state health.State) bool {
-	return state == health.Disabled || state == health.Down && p.cfg.OnDown == OnDownClose
-}
-
-// Stats returns the counts as they are now.
-func (p *Proxy) Stats() Stats {
-	stats := Stats{
-		Accepted:     p.accepted.Load(),
-		AcceptErrors: p.acceptErrors.Load(),
-		FailedOpen:   p.failedOpen.Load(),
-		Unserved:     p.unserved.Load(),
+	if err != nil {
+		return fmt.Errorf("running proxy %s: %w", p.cfg.Name, err)
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, b := range p.backends {
-		stats.Backends = append(stats.Backends, BackendStats{
-			Name:        b.Name,
-			State:       b.state,
-			Established: len(b.links),
-			Total:       b.total.Load(),
-			Failures:    b.failures.Load(),
-			Sent:        b.sent.Load(),
-			Received:    b.received.Load(),
+	defer p.closeListener()
+	defer onAll(loops, (*loop).ignore)
+	defer p.own.watch(p.mayLoop)()
+	select {
+	case <-ctx.Done():
+	case <-p.stopped:
+	case err = <-p.failed:
+		err = fmt.Errorf("running proxy %s: %w", p.cfg.Name, err)
+	}
+	return err
+}
+
+// startLoops makes the loops and starts them, once; p.mu is held.
+func (p *Proxy) startLoops() error {
+	if p.loops != nil {
+		return nil
+	}
+	for range loopsOf(runtime.GOMAXPROCS(0)) {
+		l, err := newLoop(p)
+		if err != nil {
+			for _, l := range p.loops {
+				l.poll.close()
+			}
+			p.loops = nil
+			return err
+		}
+		p.loops = append(p.loops, l)
+	}
+	for _, l := range p.loops {
+		p.running.Go(func() {
+			if err := l.run(); err != nil {
+				select {
+				case p.failed <- err:
+				default: // one failure is enough
+				}
+			}
 		})
 	}
-	return stats
+	return nil
+}
+
+// mayLoop reports whether a backend would be this proxy, were its address this host's.
+func (p *Proxy) mayLoop() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.ContainsFunc(p.backends, func(b *backend) bool { return b.Address.Port() == p.port })
+}
+
+// started returns the loops; none before Run.
+func (p *Proxy) started() []*loop {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.loops
+}
+
+// onAll has all loops call a function, and returns when they have.
+func onAll(loops []*loop, f func(*loop)) {
+	var done sync.WaitGroup
+	for _, l := range loops {
+		done.Add(1)
+		if !l.post(func() { f(l); done.Done() }) {
+			done.Done()
+		}
+	}
+	done.Wait()
+}
+
+func (p *Proxy) closeListener() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.listener >= 0 {
+		closeSocket(p.listener)
+		p.listener = -1
+	}
+}
+
+// Flows returns the clients that have a connection to one local address, such as a VIP,
+// in no order.
+func (p *Proxy) Flows(local netip.Addr) []netip.AddrPort {
+	var mu sync.Mutex
+	var flows []netip.AddrPort
+	onAll(p.started(), func(l *loop) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, s := range l.sessions {
+			if s.phase != unused && s.localEnd().Addr() == local {
+				flows = append(flows, s.from)
+			}
+		}
+	})
+	return flows
 }
 
 // Drain waits until no connection is left, or ctx ends; then it returns the cause. It
@@ -298,92 +295,77 @@ func (p *Proxy) Drain(ctx context.Context) error {
 // Close frees the port, resets all connections that are left, and returns when they
 // have ended. It may be called more than once.
 func (p *Proxy) Close() {
-	p.end()
-	var ended []*link
 	p.mu.Lock()
-	p.closed = true
-	if p.listener != nil {
-		p.listener.Close()
+	first := !p.closed
+	if first {
+		p.closed = true
+		close(p.stopped)
 	}
-	for _, b := range p.backends {
-		ended = slices.AppendSeq(ended, maps.Keys(b.links))
+	for _, b := range slices.Concat(p.backends, p.retired) {
+		p.stopDrain(b)
 	}
-	idle := p.idle
+	loops := p.loops
+	for _, s := range p.adopted {
+		s.discard()
+	}
+	p.adopted = nil
 	p.mu.Unlock()
-	reset(ended)
-	<-idle
+	for _, l := range loops {
+		l.post(func() { l.shut(Shutdown) })
+	}
+	p.running.Wait()
+	p.closeListener()
+	if first && p.journal != nil {
+		p.journal.close()
+	}
 }
 
-// serve takes one client from accept to the end.
-func (p *Proxy) serve(client *net.TCPConn) {
-	defer p.leave()
-	if err := setUserTimeout(client); err != nil {
-		abort(client)
-		return
-	}
-	l, err := p.connect(client)
-	if err != nil {
-		p.unserved.Add(1)
-		p.log.Debug("no backend for a client", "proxy", p.cfg.Name, "client", client.RemoteAddr(), "error", err)
-		abort(client)
-		return
-	}
-	if !p.attach(l) {
-		l.reset()
-		return
-	}
-	defer p.detach(l)
-	l.backend.total.Add(1)
-	if l.chosen != health.Up {
-		p.failedOpen.Add(1)
-	}
-	relay(l.client, l.server, &l.backend.sent, &l.backend.received)
-}
-
-func (p *Proxy) enter() bool {
+// enter counts a client's connection, or says why it is not wanted.
+func (p *Proxy) enter(from netip.AddrPort) Cause {
+	p.accepted.Add(1)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
-		return false
+	limits := p.cfg.Limits
+	if limits.Connections > 0 && p.active >= limits.Connections {
+		return Limit
+	}
+	if limits.PerClient > 0 && p.clients[from.Addr()] >= limits.PerClient {
+		return ClientLimit
+	}
+	p.count(from)
+	return 0
+}
+
+// count counts a connection that leave will discount; p.mu is held.
+func (p *Proxy) count(from netip.AddrPort) {
+	if p.cfg.Limits.PerClient > 0 {
+		p.clients[from.Addr()]++
 	}
 	if p.active == 0 {
 		p.idle = make(chan struct{})
 	}
 	p.active++
-	return true
 }
 
-func (p *Proxy) leave() {
+func (p *Proxy) leave(from netip.AddrPort) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.cfg.Limits.PerClient > 0 {
+		if p.clients[from.Addr()]--; p.clients[from.Addr()] == 0 {
+			delete(p.clients, from.Addr())
+		}
+	}
 	p.active--
 	if p.active == 0 {
 		close(p.idle)
 	}
 }
 
-// attach makes the link known to those who reset links. It refuses where they came by
-// while the link was being made.
-func (p *Proxy) attach(l *link) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	state := l.backend.state
-	if p.closed || state != l.chosen && p.resets(state) {
-		return false
+// warn logs once a second at most, for what may go wrong thousands of times.
+func (p *Proxy) warn(message string, args ...any) {
+	now := int64(time.Since(origin))
+	last := p.warned.Load()
+	if now-last >= int64(time.Second) && p.warned.CompareAndSwap(last, now) {
+		p.log.Warn(message, append([]any{"proxy", p.cfg.Name}, args...)...)
 	}
-	l.backend.links[l] = struct{}{}
-	return true
-}
-
-func (p *Proxy) detach(l *link) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(l.backend.links, l)
-}
-
-// abort closes a connection with an RST and drops what was not sent (socket(7),
-// SO_LINGER with a time of zero).
-func abort(conn *net.TCPConn) {
-	conn.SetLinger(0) // it fails only if the connection is closed already
-	conn.Close()
 }

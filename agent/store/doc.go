@@ -14,6 +14,10 @@
 //	boot/MEMBER         the member's newest boot id, decimal
 //	vips/VIP/record     JSON, attached to the owner's lease
 //	vips/VIP/fence      JSON, permanent, written in the same transaction as the record
+//	orders/backends/PROXY/BACKEND, orders/nodes/NODE
+//	                    JSON, permanent: an operator's order, until it is taken back
+//	orders/requests     JSON: the newest requests, written in the same transaction as
+//	                    an order, which compares its mod revision: one order at a time
 //
 // A record whose mod revision is not the fence's is an older write's and counts as gone.
 package store

@@ -83,12 +83,13 @@ type contents struct {
 	identity string
 	boots    map[string]uint64
 	records  []ownership.Record
+	orders   Orders
 }
 
 // parse sorts out the answer to a range over the prefix, which is in key order. Keys of
 // unknown names belong to other versions and are left alone.
 func (k keys) parse(kvs []*mvccpb.KeyValue) (contents, error) {
-	c := contents{boots: map[string]uint64{}}
+	c := contents{boots: map[string]uint64{}, orders: Orders{InForce: map[Subject]Order{}}}
 	found := map[string]*mvccpb.KeyValue{}
 	for _, kv := range kvs {
 		found[string(kv.Key)] = kv
@@ -113,6 +114,8 @@ func (k keys) parse(kvs []*mvccpb.KeyValue) (contents, error) {
 				return c, err
 			}
 			c.records = append(c.records, r)
+		} else if name, ok := strings.CutPrefix(name, "orders/"); ok {
+			c.orders.add(name, kv)
 		}
 	}
 	return c, nil

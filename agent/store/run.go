@@ -271,6 +271,10 @@ func (s *Store) read(ctx context.Context, c *clientv3.Client) error {
 		return nil // a later question was answered earlier
 	}
 	s.polled = sent
+	if got.orders.Revision != s.ordered {
+		s.ordered = got.orders.Revision
+		s.cfg.OnOrders(got.orders)
+	}
 	s.events.push(ownership.StoreSnapshot{SentAt: sent, Records: got.records})
 	return nil
 }

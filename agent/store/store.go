@@ -80,6 +80,11 @@ type Config struct {
 	LeaseTTL time.Duration // rounded up to whole seconds; embedded etcd grants no less than 1 s
 	Poll     time.Duration // time between reads of all records, at least 50 ms
 
+	// OnOrders gets the operators' orders when they are first read, before any event says
+	// that the store was read, and after each change. It must not block, nor call the
+	// Store. Nil: nobody wants them.
+	OnOrders func(Orders)
+
 	Now func() ownership.Instant
 	Log hclog.Logger
 }
@@ -142,6 +147,7 @@ type Store struct {
 	answered ownership.Instant
 	answers  bool              // answered is valid
 	polled   ownership.Instant // SentAt of the newest snapshot delivered
+	ordered  int64             // revision of the orders that were told last; -1: none
 }
 
 // Open checks the configuration and prepares a Store. It does not wait for anything:
@@ -165,7 +171,7 @@ func Open(cfg Config) (*Store, error) {
 		log:    cfg.Log,
 		events: newQueue(),
 		writes: make(chan struct{}, maxWrites),
-		known:  known,
+		known:  known, ordered: -1,
 	}
 	s.life, s.end = context.WithCancel(context.Background())
 	return s, nil
@@ -201,6 +207,9 @@ func (cfg Config) checked() (Config, error) {
 		return cfg, errors.New("need a data directory, a boot id, a lease TTL and a clock")
 	}
 	cfg.Poll = max(cfg.Poll, minPoll)
+	if cfg.OnOrders == nil {
+		cfg.OnOrders = func(Orders) {}
+	}
 	if cfg.Log == nil {
 		cfg.Log = hclog.NewNullLogger()
 	}

@@ -525,6 +525,8 @@ func TestParse(t *testing.T) {
 		kv(k.fence("b"), held, 7), kv(k.record("b"), held, 6),
 		kv(k.fence("c"), `{"owner":"","epoch":2}`, 8),
 		kv(k.record("d"), held, 9),
+		kv(k.order(drained), `{"state":"drained","by":"alice"}`, 7),
+		kv(k.requests(), `[{"id":"r1","what":"drain cp-1","changed":true}]`, 7),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -537,8 +539,9 @@ func TestParse(t *testing.T) {
 			{VIP: "b", Owner: "cp-1", OwnerBoot: 3, Lease: 9, Epoch: 7, Revision: 7, Gone: true},
 			{VIP: "c", Epoch: 2, Revision: 8, Gone: true},
 		},
+		orders: Orders{Revision: 7, InForce: map[Subject]Order{drained: {State: "drained", By: "alice"}}, requests: []request{{"r1", "drain cp-1", true}}},
 	}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(contents{})); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(contents{}, Orders{})); diff != "" {
 		t.Error(diff)
 	}
 	for _, bad := range []*mvccpb.KeyValue{kv(k.boot("cp-1"), "x", 1), kv(k.fence("a"), "{", 1)} {

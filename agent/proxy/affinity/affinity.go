@@ -26,25 +26,58 @@ type Backend struct {
 // An IPv4-mapped IPv6 client counts as IPv4, and a zone is ignored: it names an
 // interface of this host only.
 func Rank(client netip.Addr, backends []Backend) []int {
-	text := client.Unmap().AsSlice()
-	last := len(text) - 1
-	scores := make([]uint64, len(backends))
+	h := newHasher(client)
+	standings := make([]standing, len(backends))
 	order := make([]int, len(backends))
-	buf := make([]byte, 0, 64)
 	for i, b := range backends {
-		buf = append(append(buf[:0], text[:last]...), b.Key...)
-		scores[i] = score(xxhash.Sum64(buf), text[last], b.Weight)
+		standings[i] = h.standing(b)
 		order[i] = i
 	}
-	slices.SortFunc(order, func(i, j int) int {
-		a, b := backends[i], backends[j]
-		return cmp.Or(
-			cmp.Compare(min(max(b.Weight, 0), 1), min(max(a.Weight, 0), 1)),
-			cmp.Compare(scores[j], scores[i]),
-			cmp.Compare(a.Key, b.Key),
-		)
-	})
+	slices.SortFunc(order, func(i, j int) int { return standings[i].compare(standings[j]) })
 	return order
+}
+
+// hasher draws for one client.
+type hasher struct {
+	buf    []byte // the client's subnet, and room for a key
+	subnet int    // its length
+	host   byte
+	room   [80]byte
+}
+
+func newHasher(client netip.Addr) *hasher {
+	h := new(hasher)
+	text := client.Unmap().As16()
+	first, last := 0, len(text)-1
+	if client.Unmap().Is4() {
+		first = last - 3
+	}
+	h.buf = append(h.room[:0], text[first:last]...)
+	h.subnet, h.host = len(h.buf), text[last]
+	return h
+}
+
+// standing is a backend's place in a client's order.
+type standing struct {
+	score    uint64
+	key      string
+	weighted bool
+}
+
+func (h *hasher) standing(b Backend) standing {
+	h.buf = append(h.buf[:h.subnet], b.Key...)
+	return standing{score(xxhash.Sum64(h.buf), h.host, b.Weight), b.Key, b.Weight > 0}
+}
+
+// compare is negative where s comes before t.
+func (s standing) compare(t standing) int {
+	if s.weighted != t.weighted {
+		if s.weighted {
+			return -1
+		}
+		return 1
+	}
+	return cmp.Or(cmp.Compare(t.score, s.score), cmp.Compare(s.key, t.key))
 }
 
 // score is the best of weight draws, which gives each backend its share exactly. The

@@ -87,6 +87,63 @@ func (MovePhase) EnumDescriptor() ([]byte, []int) {
 	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{0}
 }
 
+// BackendOrder is what an operator wants of a backend.
+type BackendOrder int32
+
+const (
+	// Refused.
+	BackendOrder_BACKEND_ORDER_UNSPECIFIED BackendOrder = 0
+	// It serves as its health allows; as without any order.
+	BackendOrder_BACKEND_ORDER_ACTIVE BackendOrder = 1
+	// It gets no new connections while another backend is up; old ones go on.
+	BackendOrder_BACKEND_ORDER_DRAINING BackendOrder = 2
+	// It gets no connections, whatever happens; old ones are reset.
+	BackendOrder_BACKEND_ORDER_DISABLED BackendOrder = 3
+)
+
+// Enum value maps for BackendOrder.
+var (
+	BackendOrder_name = map[int32]string{
+		0: "BACKEND_ORDER_UNSPECIFIED",
+		1: "BACKEND_ORDER_ACTIVE",
+		2: "BACKEND_ORDER_DRAINING",
+		3: "BACKEND_ORDER_DISABLED",
+	}
+	BackendOrder_value = map[string]int32{
+		"BACKEND_ORDER_UNSPECIFIED": 0,
+		"BACKEND_ORDER_ACTIVE":      1,
+		"BACKEND_ORDER_DRAINING":    2,
+		"BACKEND_ORDER_DISABLED":    3,
+	}
+)
+
+func (x BackendOrder) Enum() *BackendOrder {
+	p := new(BackendOrder)
+	*p = x
+	return p
+}
+
+func (x BackendOrder) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (BackendOrder) Descriptor() protoreflect.EnumDescriptor {
+	return file_hamesh_v1_control_service_proto_enumTypes[1].Descriptor()
+}
+
+func (BackendOrder) Type() protoreflect.EnumType {
+	return &file_hamesh_v1_control_service_proto_enumTypes[1]
+}
+
+func (x BackendOrder) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use BackendOrder.Descriptor instead.
+func (BackendOrder) EnumDescriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{1}
+}
+
 // MoveVipRequest names what moves where.
 type MoveVipRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -252,6 +309,470 @@ func (x *MoveVipResponse) GetEpoch() int64 {
 	return 0
 }
 
+// DrainNodeRequest names the node.
+type DrainNodeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The member's name in the configuration.
+	Node string `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// Drain it even where no other candidate may take its VIPs now; it keeps them then
+	// until one may.
+	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	// Any string of at most 128 bytes that is unique to this wish (a UUID); a repeated one
+	// repeats nothing and reports how the first went. Empty: the agent makes one.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainNodeRequest) Reset() {
+	*x = DrainNodeRequest{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainNodeRequest) ProtoMessage() {}
+
+func (x *DrainNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainNodeRequest.ProtoReflect.Descriptor instead.
+func (*DrainNodeRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *DrainNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *DrainNodeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *DrainNodeRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// DrainNodeResponse says that the order is kept, and in force on the member that answers.
+type DrainNodeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False where the node was drained already.
+	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainNodeResponse) Reset() {
+	*x = DrainNodeResponse{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainNodeResponse) ProtoMessage() {}
+
+func (x *DrainNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainNodeResponse.ProtoReflect.Descriptor instead.
+func (*DrainNodeResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *DrainNodeResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+// UndrainNodeRequest names the node.
+type UndrainNodeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The member's name in the configuration.
+	Node string `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// As in DrainNodeRequest.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainNodeRequest) Reset() {
+	*x = UndrainNodeRequest{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainNodeRequest) ProtoMessage() {}
+
+func (x *UndrainNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainNodeRequest.ProtoReflect.Descriptor instead.
+func (*UndrainNodeRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *UndrainNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *UndrainNodeRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// UndrainNodeResponse says that the order is taken back.
+type UndrainNodeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False where the node was not drained.
+	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndrainNodeResponse) Reset() {
+	*x = UndrainNodeResponse{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndrainNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndrainNodeResponse) ProtoMessage() {}
+
+func (x *UndrainNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndrainNodeResponse.ProtoReflect.Descriptor instead.
+func (*UndrainNodeResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *UndrainNodeResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+// SetBackendStateRequest is an order about one backend.
+type SetBackendStateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The proxy's name in the configuration; empty: every proxy that has a backend of
+	// that name.
+	Proxy string `protobuf:"bytes,1,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// The backend's name in the configuration.
+	Backend string `protobuf:"bytes,2,opt,name=backend,proto3" json:"backend,omitempty"`
+	// What is wanted of it.
+	State BackendOrder `protobuf:"varint,3,opt,name=state,proto3,enum=hamesh.v1.BackendOrder" json:"state,omitempty"`
+	// Disable it even where no other backend of the proxy is up.
+	Force bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	// As in DrainNodeRequest.
+	RequestId     string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetBackendStateRequest) Reset() {
+	*x = SetBackendStateRequest{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetBackendStateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetBackendStateRequest) ProtoMessage() {}
+
+func (x *SetBackendStateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetBackendStateRequest.ProtoReflect.Descriptor instead.
+func (*SetBackendStateRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SetBackendStateRequest) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *SetBackendStateRequest) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *SetBackendStateRequest) GetState() BackendOrder {
+	if x != nil {
+		return x.State
+	}
+	return BackendOrder_BACKEND_ORDER_UNSPECIFIED
+}
+
+func (x *SetBackendStateRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *SetBackendStateRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// SetBackendStateResponse says that the order is kept, and in force on the member that
+// answers.
+type SetBackendStateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False where the backend's order was the same already.
+	Changed bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	// The proxies that it is about.
+	Proxies       []string `protobuf:"bytes,2,rep,name=proxies,proto3" json:"proxies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetBackendStateResponse) Reset() {
+	*x = SetBackendStateResponse{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetBackendStateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetBackendStateResponse) ProtoMessage() {}
+
+func (x *SetBackendStateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetBackendStateResponse.ProtoReflect.Descriptor instead.
+func (*SetBackendStateResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SetBackendStateResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+func (x *SetBackendStateResponse) GetProxies() []string {
+	if x != nil {
+		return x.Proxies
+	}
+	return nil
+}
+
+// CrashAgentRequest names the node whose agent shall crash.
+type CrashAgentRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Any string of at most 128 bytes that is unique to this wish (a UUID). A repeated one
+	// repeats nothing, unless another crash of the node came in between. Empty: the agent
+	// makes one.
+	RequestId string `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The member's name in the configuration.
+	Node string `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	// Must be true: no tool shall do this by filling in defaults.
+	Confirm       bool `protobuf:"varint,3,opt,name=confirm,proto3" json:"confirm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CrashAgentRequest) Reset() {
+	*x = CrashAgentRequest{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CrashAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CrashAgentRequest) ProtoMessage() {}
+
+func (x *CrashAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CrashAgentRequest.ProtoReflect.Descriptor instead.
+func (*CrashAgentRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CrashAgentRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *CrashAgentRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *CrashAgentRequest) GetConfirm() bool {
+	if x != nil {
+		return x.Confirm
+	}
+	return false
+}
+
+// CrashAgentResponse says that the agent is about to crash.
+type CrashAgentResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// False where the request_id was a repeated one, so that nothing is done.
+	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CrashAgentResponse) Reset() {
+	*x = CrashAgentResponse{}
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CrashAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CrashAgentResponse) ProtoMessage() {}
+
+func (x *CrashAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_control_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CrashAgentResponse.ProtoReflect.Descriptor instead.
+func (*CrashAgentResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_control_service_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CrashAgentResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
 var File_hamesh_v1_control_service_proto protoreflect.FileDescriptor
 
 const file_hamesh_v1_control_service_proto_rawDesc = "" +
@@ -269,16 +790,56 @@ const file_hamesh_v1_control_service_proto_rawDesc = "" +
 	"\x02to\x18\x04 \x01(\tR\x02to\x123\n" +
 	"\aelapsed\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\aelapsed\x12\x18\n" +
 	"\achanged\x18\x06 \x01(\bR\achanged\x12\x14\n" +
-	"\x05epoch\x18\a \x01(\x03R\x05epoch*\x9d\x01\n" +
+	"\x05epoch\x18\a \x01(\x03R\x05epoch\"[\n" +
+	"\x10DrainNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\"-\n" +
+	"\x11DrainNodeResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\"G\n" +
+	"\x12UndrainNodeRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"/\n" +
+	"\x13UndrainNodeResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\"\xac\x01\n" +
+	"\x16SetBackendStateRequest\x12\x14\n" +
+	"\x05proxy\x18\x01 \x01(\tR\x05proxy\x12\x18\n" +
+	"\abackend\x18\x02 \x01(\tR\abackend\x12-\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x17.hamesh.v1.BackendOrderR\x05state\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\"M\n" +
+	"\x17SetBackendStateResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\x12\x18\n" +
+	"\aproxies\x18\x02 \x03(\tR\aproxies\"`\n" +
+	"\x11CrashAgentRequest\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +
+	"\aconfirm\x18\x03 \x01(\bR\aconfirm\".\n" +
+	"\x12CrashAgentResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged*\x9d\x01\n" +
 	"\tMovePhase\x12\x1a\n" +
 	"\x16MOVE_PHASE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13MOVE_PHASE_ACCEPTED\x10\x01\x12\x14\n" +
 	"\x10MOVE_PHASE_READY\x10\x02\x12\x17\n" +
 	"\x13MOVE_PHASE_RECORDED\x10\x03\x12\x17\n" +
 	"\x13MOVE_PHASE_RELEASED\x10\x04\x12\x13\n" +
-	"\x0fMOVE_PHASE_HELD\x10\x052T\n" +
+	"\x0fMOVE_PHASE_HELD\x10\x05*\x7f\n" +
+	"\fBackendOrder\x12\x1d\n" +
+	"\x19BACKEND_ORDER_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14BACKEND_ORDER_ACTIVE\x10\x01\x12\x1a\n" +
+	"\x16BACKEND_ORDER_DRAINING\x10\x02\x12\x1a\n" +
+	"\x16BACKEND_ORDER_DISABLED\x10\x032\x8f\x03\n" +
 	"\x0eControlService\x12B\n" +
-	"\aMoveVip\x12\x19.hamesh.v1.MoveVipRequest\x1a\x1a.hamesh.v1.MoveVipResponse0\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\aMoveVip\x12\x19.hamesh.v1.MoveVipRequest\x1a\x1a.hamesh.v1.MoveVipResponse0\x01\x12F\n" +
+	"\tDrainNode\x12\x1b.hamesh.v1.DrainNodeRequest\x1a\x1c.hamesh.v1.DrainNodeResponse\x12L\n" +
+	"\vUndrainNode\x12\x1d.hamesh.v1.UndrainNodeRequest\x1a\x1e.hamesh.v1.UndrainNodeResponse\x12X\n" +
+	"\x0fSetBackendState\x12!.hamesh.v1.SetBackendStateRequest\x1a\".hamesh.v1.SetBackendStateResponse\x12I\n" +
+	"\n" +
+	"CrashAgent\x12\x1c.hamesh.v1.CrashAgentRequest\x1a\x1d.hamesh.v1.CrashAgentResponseB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_control_service_proto_rawDescOnce sync.Once
@@ -292,24 +853,42 @@ func file_hamesh_v1_control_service_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_control_service_proto_rawDescData
 }
 
-var file_hamesh_v1_control_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_hamesh_v1_control_service_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_hamesh_v1_control_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_hamesh_v1_control_service_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_hamesh_v1_control_service_proto_goTypes = []any{
-	(MovePhase)(0),              // 0: hamesh.v1.MovePhase
-	(*MoveVipRequest)(nil),      // 1: hamesh.v1.MoveVipRequest
-	(*MoveVipResponse)(nil),     // 2: hamesh.v1.MoveVipResponse
-	(*durationpb.Duration)(nil), // 3: google.protobuf.Duration
+	(MovePhase)(0),                  // 0: hamesh.v1.MovePhase
+	(BackendOrder)(0),               // 1: hamesh.v1.BackendOrder
+	(*MoveVipRequest)(nil),          // 2: hamesh.v1.MoveVipRequest
+	(*MoveVipResponse)(nil),         // 3: hamesh.v1.MoveVipResponse
+	(*DrainNodeRequest)(nil),        // 4: hamesh.v1.DrainNodeRequest
+	(*DrainNodeResponse)(nil),       // 5: hamesh.v1.DrainNodeResponse
+	(*UndrainNodeRequest)(nil),      // 6: hamesh.v1.UndrainNodeRequest
+	(*UndrainNodeResponse)(nil),     // 7: hamesh.v1.UndrainNodeResponse
+	(*SetBackendStateRequest)(nil),  // 8: hamesh.v1.SetBackendStateRequest
+	(*SetBackendStateResponse)(nil), // 9: hamesh.v1.SetBackendStateResponse
+	(*CrashAgentRequest)(nil),       // 10: hamesh.v1.CrashAgentRequest
+	(*CrashAgentResponse)(nil),      // 11: hamesh.v1.CrashAgentResponse
+	(*durationpb.Duration)(nil),     // 12: google.protobuf.Duration
 }
 var file_hamesh_v1_control_service_proto_depIdxs = []int32{
-	0, // 0: hamesh.v1.MoveVipResponse.phase:type_name -> hamesh.v1.MovePhase
-	3, // 1: hamesh.v1.MoveVipResponse.elapsed:type_name -> google.protobuf.Duration
-	1, // 2: hamesh.v1.ControlService.MoveVip:input_type -> hamesh.v1.MoveVipRequest
-	2, // 3: hamesh.v1.ControlService.MoveVip:output_type -> hamesh.v1.MoveVipResponse
-	3, // [3:4] is the sub-list for method output_type
-	2, // [2:3] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0,  // 0: hamesh.v1.MoveVipResponse.phase:type_name -> hamesh.v1.MovePhase
+	12, // 1: hamesh.v1.MoveVipResponse.elapsed:type_name -> google.protobuf.Duration
+	1,  // 2: hamesh.v1.SetBackendStateRequest.state:type_name -> hamesh.v1.BackendOrder
+	2,  // 3: hamesh.v1.ControlService.MoveVip:input_type -> hamesh.v1.MoveVipRequest
+	4,  // 4: hamesh.v1.ControlService.DrainNode:input_type -> hamesh.v1.DrainNodeRequest
+	6,  // 5: hamesh.v1.ControlService.UndrainNode:input_type -> hamesh.v1.UndrainNodeRequest
+	8,  // 6: hamesh.v1.ControlService.SetBackendState:input_type -> hamesh.v1.SetBackendStateRequest
+	10, // 7: hamesh.v1.ControlService.CrashAgent:input_type -> hamesh.v1.CrashAgentRequest
+	3,  // 8: hamesh.v1.ControlService.MoveVip:output_type -> hamesh.v1.MoveVipResponse
+	5,  // 9: hamesh.v1.ControlService.DrainNode:output_type -> hamesh.v1.DrainNodeResponse
+	7,  // 10: hamesh.v1.ControlService.UndrainNode:output_type -> hamesh.v1.UndrainNodeResponse
+	9,  // 11: hamesh.v1.ControlService.SetBackendState:output_type -> hamesh.v1.SetBackendStateResponse
+	11, // 12: hamesh.v1.ControlService.CrashAgent:output_type -> hamesh.v1.CrashAgentResponse
+	8,  // [8:13] is the sub-list for method output_type
+	3,  // [3:8] is the sub-list for method input_type
+	3,  // [3:3] is the sub-list for extension type_name
+	3,  // [3:3] is the sub-list for extension extendee
+	0,  // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_control_service_proto_init() }
@@ -322,8 +901,8 @@ func file_hamesh_v1_control_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_control_service_proto_rawDesc), len(file_hamesh_v1_control_service_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   2,
+			NumEnums:      2,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,7 +19,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	ControlService_MoveVip_FullMethodName = "/hamesh.v1.ControlService/MoveVip"
+	ControlService_MoveVip_FullMethodName         = "/hamesh.v1.ControlService/MoveVip"
+	ControlService_DrainNode_FullMethodName       = "/hamesh.v1.ControlService/DrainNode"
+	ControlService_UndrainNode_FullMethodName     = "/hamesh.v1.ControlService/UndrainNode"
+	ControlService_SetBackendState_FullMethodName = "/hamesh.v1.ControlService/SetBackendState"
+	ControlService_CrashAgent_FullMethodName      = "/hamesh.v1.ControlService/CrashAgent"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -34,6 +38,30 @@ type ControlServiceClient interface {
 	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), ABORTED (MOVE_IN_PROGRESS,
 	// MOVE_FAILED), UNAVAILABLE (OWNER_UNREACHABLE, STORE_UNAVAILABLE).
 	MoveVip(ctx context.Context, in *MoveVipRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[MoveVipResponse], error)
+	// DrainNode makes a node give up its VIPs and take none, and keeps new connections
+	// off its API server, until UndrainNode; established connections go on. The order is
+	// kept in the store and outlasts every agent.
+	// Errors: NOT_FOUND (NODE_UNKNOWN), FAILED_PRECONDITION (LAST_CANDIDATE, unless
+	// forced), INVALID_ARGUMENT (REQUEST_ID_INVALID), UNAVAILABLE (STORE_UNAVAILABLE).
+	DrainNode(ctx context.Context, in *DrainNodeRequest, opts ...grpc.CallOption) (*DrainNodeResponse, error)
+	// UndrainNode takes back the order to drain a node. VIPs come back to it only as they
+	// would come to any other.
+	// Errors: NOT_FOUND (NODE_UNKNOWN), INVALID_ARGUMENT (REQUEST_ID_INVALID),
+	// UNAVAILABLE (STORE_UNAVAILABLE).
+	UndrainNode(ctx context.Context, in *UndrainNodeRequest, opts ...grpc.CallOption) (*UndrainNodeResponse, error)
+	// SetBackendState takes an API server out of service, or back in. The order is kept
+	// in the store and outlasts every agent.
+	// Errors: NOT_FOUND (PROXY_UNKNOWN, BACKEND_UNKNOWN), FAILED_PRECONDITION
+	// (LAST_BACKEND, unless forced), INVALID_ARGUMENT (STATE_INVALID, REQUEST_ID_INVALID),
+	// UNAVAILABLE (STORE_UNAVAILABLE).
+	SetBackendState(ctx context.Context, in *SetBackendStateRequest, opts ...grpc.CallOption) (*SetBackendStateResponse, error)
+	// CrashAgent makes a node's agent stop as abruptly as a bug would: it answers, and kills
+	// itself (SIGKILL) some 50 ms later. Its guard and the service manager do the rest. It
+	// is for drills: only where the mesh is healthy and stays so but for that node.
+	// Errors: NOT_FOUND (NODE_UNKNOWN), INVALID_ARGUMENT (CRASH_UNCONFIRMED,
+	// REQUEST_ID_INVALID), FAILED_PRECONDITION (MESH_NOT_HEALTHY, NO_OTHER_CANDIDATE,
+	// NO_MAJORITY), UNAVAILABLE (NODE_UNREACHABLE).
+	CrashAgent(ctx context.Context, in *CrashAgentRequest, opts ...grpc.CallOption) (*CrashAgentResponse, error)
 }
 
 type controlServiceClient struct {
@@ -63,6 +91,46 @@ func (c *controlServiceClient) MoveVip(ctx context.Context, in *MoveVipRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControlService_MoveVipClient = grpc.ServerStreamingClient[MoveVipResponse]
 
+func (c *controlServiceClient) DrainNode(ctx context.Context, in *DrainNodeRequest, opts ...grpc.CallOption) (*DrainNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DrainNodeResponse)
+	err := c.cc.Invoke(ctx, ControlService_DrainNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) UndrainNode(ctx context.Context, in *UndrainNodeRequest, opts ...grpc.CallOption) (*UndrainNodeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UndrainNodeResponse)
+	err := c.cc.Invoke(ctx, ControlService_UndrainNode_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) SetBackendState(ctx context.Context, in *SetBackendStateRequest, opts ...grpc.CallOption) (*SetBackendStateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetBackendStateResponse)
+	err := c.cc.Invoke(ctx, ControlService_SetBackendState_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) CrashAgent(ctx context.Context, in *CrashAgentRequest, opts ...grpc.CallOption) (*CrashAgentResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CrashAgentResponse)
+	err := c.cc.Invoke(ctx, ControlService_CrashAgent_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServiceServer is the server API for ControlService service.
 // All implementations must embed UnimplementedControlServiceServer
 // for forward compatibility.
@@ -75,6 +143,30 @@ type ControlServiceServer interface {
 	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), ABORTED (MOVE_IN_PROGRESS,
 	// MOVE_FAILED), UNAVAILABLE (OWNER_UNREACHABLE, STORE_UNAVAILABLE).
 	MoveVip(*MoveVipRequest, grpc.ServerStreamingServer[MoveVipResponse]) error
+	// DrainNode makes a node give up its VIPs and take none, and keeps new connections
+	// off its API server, until UndrainNode; established connections go on. The order is
+	// kept in the store and outlasts every agent.
+	// Errors: NOT_FOUND (NODE_UNKNOWN), FAILED_PRECONDITION (LAST_CANDIDATE, unless
+	// forced), INVALID_ARGUMENT (REQUEST_ID_INVALID), UNAVAILABLE (STORE_UNAVAILABLE).
+	DrainNode(context.Context, *DrainNodeRequest) (*DrainNodeResponse, error)
+	// UndrainNode takes back the order to drain a node. VIPs come back to it only as they
+	// would come to any other.
+	// Errors: NOT_FOUND (NODE_UNKNOWN), INVALID_ARGUMENT (REQUEST_ID_INVALID),
+	// UNAVAILABLE (STORE_UNAVAILABLE).
+	UndrainNode(context.Context, *UndrainNodeRequest) (*UndrainNodeResponse, error)
+	// SetBackendState takes an API server out of service, or back in. The order is kept
+	// in the store and outlasts every agent.
+	// Errors: NOT_FOUND (PROXY_UNKNOWN, BACKEND_UNKNOWN), FAILED_PRECONDITION
+	// (LAST_BACKEND, unless forced), INVALID_ARGUMENT (STATE_INVALID, REQUEST_ID_INVALID),
+	// UNAVAILABLE (STORE_UNAVAILABLE).
+	SetBackendState(context.Context, *SetBackendStateRequest) (*SetBackendStateResponse, error)
+	// CrashAgent makes a node's agent stop as abruptly as a bug would: it answers, and kills
+	// itself (SIGKILL) some 50 ms later. Its guard and the service manager do the rest. It
+	// is for drills: only where the mesh is healthy and stays so but for that node.
+	// Errors: NOT_FOUND (NODE_UNKNOWN), INVALID_ARGUMENT (CRASH_UNCONFIRMED,
+	// REQUEST_ID_INVALID), FAILED_PRECONDITION (MESH_NOT_HEALTHY, NO_OTHER_CANDIDATE,
+	// NO_MAJORITY), UNAVAILABLE (NODE_UNREACHABLE).
+	CrashAgent(context.Context, *CrashAgentRequest) (*CrashAgentResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
 
@@ -87,6 +179,18 @@ type UnimplementedControlServiceServer struct{}
 
 func (UnimplementedControlServiceServer) MoveVip(*MoveVipRequest, grpc.ServerStreamingServer[MoveVipResponse]) error {
 	return status.Error(codes.Unimplemented, "method MoveVip not implemented")
+}
+func (UnimplementedControlServiceServer) DrainNode(context.Context, *DrainNodeRequest) (*DrainNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DrainNode not implemented")
+}
+func (UnimplementedControlServiceServer) UndrainNode(context.Context, *UndrainNodeRequest) (*UndrainNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UndrainNode not implemented")
+}
+func (UnimplementedControlServiceServer) SetBackendState(context.Context, *SetBackendStateRequest) (*SetBackendStateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetBackendState not implemented")
+}
+func (UnimplementedControlServiceServer) CrashAgent(context.Context, *CrashAgentRequest) (*CrashAgentResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CrashAgent not implemented")
 }
 func (UnimplementedControlServiceServer) mustEmbedUnimplementedControlServiceServer() {}
 func (UnimplementedControlServiceServer) testEmbeddedByValue()                        {}
@@ -120,13 +224,102 @@ func _ControlService_MoveVip_Handler(srv interface{}, stream grpc.ServerStream) 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type ControlService_MoveVipServer = grpc.ServerStreamingServer[MoveVipResponse]
 
+func _ControlService_DrainNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DrainNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).DrainNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_DrainNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).DrainNode(ctx, req.(*DrainNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_UndrainNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UndrainNodeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).UndrainNode(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_UndrainNode_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).UndrainNode(ctx, req.(*UndrainNodeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_SetBackendState_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetBackendStateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).SetBackendState(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_SetBackendState_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).SetBackendState(ctx, req.(*SetBackendStateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_CrashAgent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CrashAgentRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).CrashAgent(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_CrashAgent_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).CrashAgent(ctx, req.(*CrashAgentRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlService_ServiceDesc is the grpc.ServiceDesc for ControlService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
 var ControlService_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "hamesh.v1.ControlService",
 	HandlerType: (*ControlServiceServer)(nil),
-	Methods:     []grpc.MethodDesc{},
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "DrainNode",
+			Handler:    _ControlService_DrainNode_Handler,
+		},
+		{
+			MethodName: "UndrainNode",
+			Handler:    _ControlService_UndrainNode_Handler,
+		},
+		{
+			MethodName: "SetBackendState",
+			Handler:    _ControlService_SetBackendState_Handler,
+		},
+		{
+			MethodName: "CrashAgent",
+			Handler:    _ControlService_CrashAgent_Handler,
+		},
+	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "MoveVip",

@@ -233,6 +233,144 @@ func (*WithdrawnResponse) Descriptor() ([]byte, []int) {
 	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{3}
 }
 
+// ShareFlowsRequest is a change of one proxy's connections through one VIP.
+type ShareFlowsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The member that speaks.
+	Member string `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	// The VIP, by its name in the configuration.
+	Vip string `protobuf:"bytes,2,opt,name=vip,proto3" json:"vip,omitempty"`
+	// The proxy's port.
+	Port uint32 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	// Whether what was said before of this VIP and port is void.
+	Anew bool `protobuf:"varint,4,opt,name=anew,proto3" json:"anew,omitempty"`
+	// Clients whose connections have come: 4 bytes of an IPv4 address or 16 of an IPv6 one,
+	// as the VIP's, and 2 bytes of port, in network byte order, one client after the other.
+	Opened []byte `protobuf:"bytes,5,opt,name=opened,proto3" json:"opened,omitempty"`
+	// Clients whose connections have gone.
+	Closed []byte `protobuf:"bytes,6,opt,name=closed,proto3" json:"closed,omitempty"`
+	// The boot id of the agent that has these connections.
+	Boot          uint64 `protobuf:"varint,7,opt,name=boot,proto3" json:"boot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShareFlowsRequest) Reset() {
+	*x = ShareFlowsRequest{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShareFlowsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShareFlowsRequest) ProtoMessage() {}
+
+func (x *ShareFlowsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShareFlowsRequest.ProtoReflect.Descriptor instead.
+func (*ShareFlowsRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ShareFlowsRequest) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *ShareFlowsRequest) GetVip() string {
+	if x != nil {
+		return x.Vip
+	}
+	return ""
+}
+
+func (x *ShareFlowsRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ShareFlowsRequest) GetAnew() bool {
+	if x != nil {
+		return x.Anew
+	}
+	return false
+}
+
+func (x *ShareFlowsRequest) GetOpened() []byte {
+	if x != nil {
+		return x.Opened
+	}
+	return nil
+}
+
+func (x *ShareFlowsRequest) GetClosed() []byte {
+	if x != nil {
+		return x.Closed
+	}
+	return nil
+}
+
+func (x *ShareFlowsRequest) GetBoot() uint64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+// ShareFlowsResponse ends what is shared.
+type ShareFlowsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShareFlowsResponse) Reset() {
+	*x = ShareFlowsResponse{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShareFlowsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShareFlowsResponse) ProtoMessage() {}
+
+func (x *ShareFlowsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShareFlowsResponse.ProtoReflect.Descriptor instead.
+func (*ShareFlowsResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{5}
+}
+
 // Heartbeat is everything one member says about itself. Silence about a VIP means
 // that no claim is made.
 type Heartbeat struct {
@@ -262,14 +400,16 @@ type Heartbeat struct {
 	// Its priority as a candidate, by its own configuration; the higher one goes first.
 	Priority int32 `protobuf:"varint,13,opt,name=priority,proto3" json:"priority,omitempty"`
 	// Link-layer addresses of the interfaces it announces VIPs on.
-	Macs          [][]byte `protobuf:"bytes,14,rep,name=macs,proto3" json:"macs,omitempty"`
+	Macs [][]byte `protobuf:"bytes,14,rep,name=macs,proto3" json:"macs,omitempty"`
+	// Digests of its configuration, 4 bytes each, as in Node.config_digests.
+	ConfigDigests []byte `protobuf:"bytes,15,opt,name=config_digests,json=configDigests,proto3" json:"config_digests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -281,7 +421,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[4]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -294,7 +434,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{4}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Heartbeat) GetMember() string {
@@ -388,6 +528,13 @@ func (x *Heartbeat) GetMacs() [][]byte {
 	return nil
 }
 
+func (x *Heartbeat) GetConfigDigests() []byte {
+	if x != nil {
+		return x.ConfigDigests
+	}
+	return nil
+}
+
 // Record is who owns a VIP, as the store has it or had it.
 type Record struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -417,7 +564,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +576,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[5]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +589,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{5}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Record) GetOwner() string {
@@ -550,7 +697,7 @@ type VipReport struct {
 
 func (x *VipReport) Reset() {
 	*x = VipReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +709,7 @@ func (x *VipReport) String() string {
 func (*VipReport) ProtoMessage() {}
 
 func (x *VipReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +722,7 @@ func (x *VipReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VipReport.ProtoReflect.Descriptor instead.
 func (*VipReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{6}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *VipReport) GetName() string {
@@ -675,7 +822,7 @@ type Ask struct {
 
 func (x *Ask) Reset() {
 	*x = Ask{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +834,7 @@ func (x *Ask) String() string {
 func (*Ask) ProtoMessage() {}
 
 func (x *Ask) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +847,7 @@ func (x *Ask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ask.ProtoReflect.Descriptor instead.
 func (*Ask) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Ask) GetRevision() int64 {
@@ -734,7 +881,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +893,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +906,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Grant) GetRevision() int64 {
@@ -809,7 +956,7 @@ type BackendReport struct {
 
 func (x *BackendReport) Reset() {
 	*x = BackendReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +968,7 @@ func (x *BackendReport) String() string {
 func (*BackendReport) ProtoMessage() {}
 
 func (x *BackendReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +981,7 @@ func (x *BackendReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendReport.ProtoReflect.Descriptor instead.
 func (*BackendReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *BackendReport) GetProxy() string {
@@ -887,7 +1034,16 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x12\n" +
 	"\x04vips\x18\x03 \x03(\tR\x04vips\"\x13\n" +
-	"\x11WithdrawnResponse\"\x82\x03\n" +
+	"\x11WithdrawnResponse\"\xa9\x01\n" +
+	"\x11ShareFlowsRequest\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x10\n" +
+	"\x03vip\x18\x02 \x01(\tR\x03vip\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x12\n" +
+	"\x04anew\x18\x04 \x01(\bR\x04anew\x12\x16\n" +
+	"\x06opened\x18\x05 \x01(\fR\x06opened\x12\x16\n" +
+	"\x06closed\x18\x06 \x01(\fR\x06closed\x12\x12\n" +
+	"\x04boot\x18\a \x01(\x04R\x04boot\"\x14\n" +
+	"\x12ShareFlowsResponse\"\xa9\x03\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x1a\n" +
@@ -902,7 +1058,8 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	" \x01(\tR\aversion\x12#\n" +
 	"\x04role\x18\f \x01(\x0e2\x0f.hamesh.v1.RoleR\x04role\x12\x1a\n" +
 	"\bpriority\x18\r \x01(\x05R\bpriority\x12\x12\n" +
-	"\x04macs\x18\x0e \x03(\fR\x04macs\"\xfc\x01\n" +
+	"\x04macs\x18\x0e \x03(\fR\x04macs\x12%\n" +
+	"\x0econfig_digests\x18\x0f \x01(\fR\rconfigDigests\"\xfc\x01\n" +
 	"\x06Record\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x1d\n" +
 	"\n" +
@@ -944,10 +1101,12 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12-\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x17.hamesh.v1.BackendStateR\x05state\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12 \n" +
-	"\vconnections\x18\x05 \x01(\rR\vconnections2\x9e\x01\n" +
+	"\vconnections\x18\x05 \x01(\rR\vconnections2\xeb\x01\n" +
 	"\vMeshService\x12G\n" +
 	"\bExchange\x12\x1a.hamesh.v1.ExchangeRequest\x1a\x1b.hamesh.v1.ExchangeResponse(\x010\x01\x12F\n" +
-	"\tWithdrawn\x12\x1b.hamesh.v1.WithdrawnRequest\x1a\x1c.hamesh.v1.WithdrawnResponseB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\tWithdrawn\x12\x1b.hamesh.v1.WithdrawnRequest\x1a\x1c.hamesh.v1.WithdrawnResponse\x12K\n" +
+	"\n" +
+	"ShareFlows\x12\x1c.hamesh.v1.ShareFlowsRequest\x1a\x1d.hamesh.v1.ShareFlowsResponse(\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_mesh_service_proto_rawDescOnce sync.Once
@@ -961,39 +1120,43 @@ func file_hamesh_v1_mesh_service_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_mesh_service_proto_rawDescData
 }
 
-var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_hamesh_v1_mesh_service_proto_goTypes = []any{
-	(*ExchangeRequest)(nil),   // 0: hamesh.v1.ExchangeRequest
-	(*ExchangeResponse)(nil),  // 1: hamesh.v1.ExchangeResponse
-	(*WithdrawnRequest)(nil),  // 2: hamesh.v1.WithdrawnRequest
-	(*WithdrawnResponse)(nil), // 3: hamesh.v1.WithdrawnResponse
-	(*Heartbeat)(nil),         // 4: hamesh.v1.Heartbeat
-	(*Record)(nil),            // 5: hamesh.v1.Record
-	(*VipReport)(nil),         // 6: hamesh.v1.VipReport
-	(*Ask)(nil),               // 7: hamesh.v1.Ask
-	(*Grant)(nil),             // 8: hamesh.v1.Grant
-	(*BackendReport)(nil),     // 9: hamesh.v1.BackendReport
-	(Role)(0),                 // 10: hamesh.v1.Role
-	(Right)(0),                // 11: hamesh.v1.Right
-	(BackendState)(0),         // 12: hamesh.v1.BackendState
+	(*ExchangeRequest)(nil),    // 0: hamesh.v1.ExchangeRequest
+	(*ExchangeResponse)(nil),   // 1: hamesh.v1.ExchangeResponse
+	(*WithdrawnRequest)(nil),   // 2: hamesh.v1.WithdrawnRequest
+	(*WithdrawnResponse)(nil),  // 3: hamesh.v1.WithdrawnResponse
+	(*ShareFlowsRequest)(nil),  // 4: hamesh.v1.ShareFlowsRequest
+	(*ShareFlowsResponse)(nil), // 5: hamesh.v1.ShareFlowsResponse
+	(*Heartbeat)(nil),          // 6: hamesh.v1.Heartbeat
+	(*Record)(nil),             // 7: hamesh.v1.Record
+	(*VipReport)(nil),          // 8: hamesh.v1.VipReport
+	(*Ask)(nil),                // 9: hamesh.v1.Ask
+	(*Grant)(nil),              // 10: hamesh.v1.Grant
+	(*BackendReport)(nil),      // 11: hamesh.v1.BackendReport
+	(Role)(0),                  // 12: hamesh.v1.Role
+	(Right)(0),                 // 13: hamesh.v1.Right
+	(BackendState)(0),          // 14: hamesh.v1.BackendState
 }
 var file_hamesh_v1_mesh_service_proto_depIdxs = []int32{
-	4,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
-	4,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
-	6,  // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
-	9,  // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
-	10, // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
-	5,  // 5: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
-	11, // 6: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
-	8,  // 7: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
-	7,  // 8: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
-	12, // 9: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
+	6,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
+	6,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
+	8,  // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
+	11, // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
+	12, // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
+	7,  // 5: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
+	13, // 6: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
+	10, // 7: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
+	9,  // 8: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
+	14, // 9: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
 	0,  // 10: hamesh.v1.MeshService.Exchange:input_type -> hamesh.v1.ExchangeRequest
 	2,  // 11: hamesh.v1.MeshService.Withdrawn:input_type -> hamesh.v1.WithdrawnRequest
-	1,  // 12: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
-	3,  // 13: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
-	12, // [12:14] is the sub-list for method output_type
-	10, // [10:12] is the sub-list for method input_type
+	4,  // 12: hamesh.v1.MeshService.ShareFlows:input_type -> hamesh.v1.ShareFlowsRequest
+	1,  // 13: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
+	3,  // 14: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
+	5,  // 15: hamesh.v1.MeshService.ShareFlows:output_type -> hamesh.v1.ShareFlowsResponse
+	13, // [13:16] is the sub-list for method output_type
+	10, // [10:13] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -1011,7 +1174,7 @@ func file_hamesh_v1_mesh_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_mesh_service_proto_rawDesc), len(file_hamesh_v1_mesh_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

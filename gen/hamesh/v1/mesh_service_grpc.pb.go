@@ -19,8 +19,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	MeshService_Exchange_FullMethodName  = "/hamesh.v1.MeshService/Exchange"
-	MeshService_Withdrawn_FullMethodName = "/hamesh.v1.MeshService/Withdrawn"
+	MeshService_Exchange_FullMethodName   = "/hamesh.v1.MeshService/Exchange"
+	MeshService_Withdrawn_FullMethodName  = "/hamesh.v1.MeshService/Withdrawn"
+	MeshService_ShareFlows_FullMethodName = "/hamesh.v1.MeshService/ShareFlows"
 )
 
 // MeshServiceClient is the client API for MeshService service.
@@ -35,6 +36,10 @@ type MeshServiceClient interface {
 	// Withdrawn is a guard's word that its agent has ended and that the addresses are off.
 	// It may come more than once.
 	Withdrawn(ctx context.Context, in *WithdrawnRequest, opts ...grpc.CallOption) (*WithdrawnResponse, error)
+	// ShareFlows says which clients have connections with the caller through a VIP, so that
+	// whoever takes over from a dead caller can tell them. What was said last outlives the
+	// stream.
+	ShareFlows(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ShareFlowsRequest, ShareFlowsResponse], error)
 }
 
 type meshServiceClient struct {
@@ -68,6 +73,19 @@ func (c *meshServiceClient) Withdrawn(ctx context.Context, in *WithdrawnRequest,
 	return out, nil
 }
 
+func (c *meshServiceClient) ShareFlows(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ShareFlowsRequest, ShareFlowsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &MeshService_ServiceDesc.Streams[1], MeshService_ShareFlows_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ShareFlowsRequest, ShareFlowsResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type MeshService_ShareFlowsClient = grpc.ClientStreamingClient[ShareFlowsRequest, ShareFlowsResponse]
+
 // MeshServiceServer is the server API for MeshService service.
 // All implementations must embed UnimplementedMeshServiceServer
 // for forward compatibility.
@@ -80,6 +98,10 @@ type MeshServiceServer interface {
 	// Withdrawn is a guard's word that its agent has ended and that the addresses are off.
 	// It may come more than once.
 	Withdrawn(context.Context, *WithdrawnRequest) (*WithdrawnResponse, error)
+	// ShareFlows says which clients have connections with the caller through a VIP, so that
+	// whoever takes over from a dead caller can tell them. What was said last outlives the
+	// stream.
+	ShareFlows(grpc.ClientStreamingServer[ShareFlowsRequest, ShareFlowsResponse]) error
 	mustEmbedUnimplementedMeshServiceServer()
 }
 
@@ -95,6 +117,9 @@ func (UnimplementedMeshServiceServer) Exchange(grpc.BidiStreamingServer[Exchange
 }
 func (UnimplementedMeshServiceServer) Withdrawn(context.Context, *WithdrawnRequest) (*WithdrawnResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Withdrawn not implemented")
+}
+func (UnimplementedMeshServiceServer) ShareFlows(grpc.ClientStreamingServer[ShareFlowsRequest, ShareFlowsResponse]) error {
+	return status.Error(codes.Unimplemented, "method ShareFlows not implemented")
 }
 func (UnimplementedMeshServiceServer) mustEmbedUnimplementedMeshServiceServer() {}
 func (UnimplementedMeshServiceServer) testEmbeddedByValue()                     {}
@@ -142,6 +167,13 @@ func _MeshService_Withdrawn_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _MeshService_ShareFlows_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(MeshServiceServer).ShareFlows(&grpc.GenericServerStream[ShareFlowsRequest, ShareFlowsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type MeshService_ShareFlowsServer = grpc.ClientStreamingServer[ShareFlowsRequest, ShareFlowsResponse]
+
 // MeshService_ServiceDesc is the grpc.ServiceDesc for MeshService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -159,6 +191,11 @@ var MeshService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "Exchange",
 			Handler:       _MeshService_Exchange_Handler,
 			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "ShareFlows",
+			Handler:       _MeshService_ShareFlows_Handler,
 			ClientStreams: true,
 		},
 	},

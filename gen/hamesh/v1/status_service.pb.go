@@ -9,6 +9,7 @@ package hameshv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -77,7 +78,11 @@ type GetStatusResponse struct {
 	Store *Store `protobuf:"bytes,7,opt,name=store,proto3" json:"store,omitempty"`
 	// What an operator should know. Most problems degrade the state; the ones that are
 	// about configuration alone (TLS_INSECURE) do not.
-	Problems      []*Problem `protobuf:"bytes,8,rep,name=problems,proto3" json:"problems,omitempty"`
+	Problems []*Problem `protobuf:"bytes,8,rep,name=problems,proto3" json:"problems,omitempty"`
+	// Every proxy, in the order of the configuration.
+	Proxies []*Proxy `protobuf:"bytes,9,rep,name=proxies,proto3" json:"proxies,omitempty"`
+	// The TCP port on which every member serves gRPC, by the answering one's configuration.
+	ApiPort       uint32 `protobuf:"varint,10,opt,name=api_port,json=apiPort,proto3" json:"api_port,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -168,6 +173,20 @@ func (x *GetStatusResponse) GetProblems() []*Problem {
 	return nil
 }
 
+func (x *GetStatusResponse) GetProxies() []*Proxy {
+	if x != nil {
+		return x.Proxies
+	}
+	return nil
+}
+
+func (x *GetStatusResponse) GetApiPort() uint32 {
+	if x != nil {
+		return x.ApiPort
+	}
+	return 0
+}
+
 // WatchStatusRequest asks for the present status and every change after it.
 type WatchStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -251,12 +270,245 @@ func (x *WatchStatusResponse) GetStatus() *GetStatusResponse {
 	return nil
 }
 
+// ListEventsRequest says which events are wanted; left empty, all that are remembered.
+type ListEventsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Ids of events that were seen last, at most one of each node that matters: of their
+	// nodes only newer events are returned. Of other nodes, those that are newer than the
+	// oldest of these, unless since is given.
+	After []string `protobuf:"bytes,1,rep,name=after,proto3" json:"after,omitempty"`
+	// Of nodes without an id in after, only events at or after this time.
+	Since *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	// Only events that the answering member has recorded itself.
+	OwnOnly       bool `protobuf:"varint,3,opt,name=own_only,json=ownOnly,proto3" json:"own_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListEventsRequest) Reset() {
+	*x = ListEventsRequest{}
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListEventsRequest) ProtoMessage() {}
+
+func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
+func (*ListEventsRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_status_service_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ListEventsRequest) GetAfter() []string {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *ListEventsRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *ListEventsRequest) GetOwnOnly() bool {
+	if x != nil {
+		return x.OwnOnly
+	}
+	return false
+}
+
+// ListEventsResponse is what the answering member knows.
+type ListEventsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of their ids, which is that of their times.
+	Events []*Event `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	// Members that do not answer now, so that their newest events may be missing.
+	Unanswered    []string `protobuf:"bytes,2,rep,name=unanswered,proto3" json:"unanswered,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListEventsResponse) Reset() {
+	*x = ListEventsResponse{}
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListEventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListEventsResponse) ProtoMessage() {}
+
+func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
+func (*ListEventsResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_status_service_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ListEventsResponse) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+func (x *ListEventsResponse) GetUnanswered() []string {
+	if x != nil {
+		return x.Unanswered
+	}
+	return nil
+}
+
+// WatchEventsRequest says where to begin. To resume a watch that broke, with any member,
+// give the id of the last event seen of each node in after.
+type WatchEventsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in ListEventsRequest.
+	After []string `protobuf:"bytes,1,rep,name=after,proto3" json:"after,omitempty"`
+	// As in ListEventsRequest.
+	Since *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	// As in ListEventsRequest.
+	OwnOnly       bool `protobuf:"varint,3,opt,name=own_only,json=ownOnly,proto3" json:"own_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchEventsRequest) Reset() {
+	*x = WatchEventsRequest{}
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchEventsRequest) ProtoMessage() {}
+
+func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
+func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_status_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *WatchEventsRequest) GetAfter() []string {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *WatchEventsRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *WatchEventsRequest) GetOwnOnly() bool {
+	if x != nil {
+		return x.OwnOnly
+	}
+	return false
+}
+
+// WatchEventsResponse is one event. Those of one node come in order; one of another node
+// may come late, when that node is reached again.
+type WatchEventsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The event.
+	Event         *Event `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchEventsResponse) Reset() {
+	*x = WatchEventsResponse{}
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchEventsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchEventsResponse) ProtoMessage() {}
+
+func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_status_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
+func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_status_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *WatchEventsResponse) GetEvent() *Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
 var File_hamesh_v1_status_service_proto protoreflect.FileDescriptor
 
 const file_hamesh_v1_status_service_proto_rawDesc = "" +
 	"\n" +
-	"\x1ehamesh/v1/status_service.proto\x12\thamesh.v1\x1a\x15hamesh/v1/types.proto\"\x12\n" +
-	"\x10GetStatusRequest\"\xc3\x02\n" +
+	"\x1ehamesh/v1/status_service.proto\x12\thamesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15hamesh/v1/types.proto\"\x12\n" +
+	"\x10GetStatusRequest\"\x8a\x03\n" +
 	"\x11GetStatusResponse\x12\x12\n" +
 	"\x04mesh\x18\x01 \x01(\tR\x04mesh\x12\x1f\n" +
 	"\vreported_by\x18\x02 \x01(\tR\n" +
@@ -266,13 +518,34 @@ const file_hamesh_v1_status_service_proto_rawDesc = "" +
 	"\x05nodes\x18\x05 \x03(\v2\x0f.hamesh.v1.NodeR\x05nodes\x12.\n" +
 	"\bbackends\x18\x06 \x03(\v2\x12.hamesh.v1.BackendR\bbackends\x12&\n" +
 	"\x05store\x18\a \x01(\v2\x10.hamesh.v1.StoreR\x05store\x12.\n" +
-	"\bproblems\x18\b \x03(\v2\x12.hamesh.v1.ProblemR\bproblems\"\x14\n" +
+	"\bproblems\x18\b \x03(\v2\x12.hamesh.v1.ProblemR\bproblems\x12*\n" +
+	"\aproxies\x18\t \x03(\v2\x10.hamesh.v1.ProxyR\aproxies\x12\x19\n" +
+	"\bapi_port\x18\n" +
+	" \x01(\rR\aapiPort\"\x14\n" +
 	"\x12WatchStatusRequest\"K\n" +
 	"\x13WatchStatusResponse\x124\n" +
-	"\x06status\x18\x01 \x01(\v2\x1c.hamesh.v1.GetStatusResponseR\x06status2\xa7\x01\n" +
+	"\x06status\x18\x01 \x01(\v2\x1c.hamesh.v1.GetStatusResponseR\x06status\"v\n" +
+	"\x11ListEventsRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x03(\tR\x05after\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x19\n" +
+	"\bown_only\x18\x03 \x01(\bR\aownOnly\"^\n" +
+	"\x12ListEventsResponse\x12(\n" +
+	"\x06events\x18\x01 \x03(\v2\x10.hamesh.v1.EventR\x06events\x12\x1e\n" +
+	"\n" +
+	"unanswered\x18\x02 \x03(\tR\n" +
+	"unanswered\"w\n" +
+	"\x12WatchEventsRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x03(\tR\x05after\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x19\n" +
+	"\bown_only\x18\x03 \x01(\bR\aownOnly\"=\n" +
+	"\x13WatchEventsResponse\x12&\n" +
+	"\x05event\x18\x01 \x01(\v2\x10.hamesh.v1.EventR\x05event2\xc2\x02\n" +
 	"\rStatusService\x12F\n" +
 	"\tGetStatus\x12\x1b.hamesh.v1.GetStatusRequest\x1a\x1c.hamesh.v1.GetStatusResponse\x12N\n" +
-	"\vWatchStatus\x12\x1d.hamesh.v1.WatchStatusRequest\x1a\x1e.hamesh.v1.WatchStatusResponse0\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\vWatchStatus\x12\x1d.hamesh.v1.WatchStatusRequest\x1a\x1e.hamesh.v1.WatchStatusResponse0\x01\x12I\n" +
+	"\n" +
+	"ListEvents\x12\x1c.hamesh.v1.ListEventsRequest\x1a\x1d.hamesh.v1.ListEventsResponse\x12N\n" +
+	"\vWatchEvents\x12\x1d.hamesh.v1.WatchEventsRequest\x1a\x1e.hamesh.v1.WatchEventsResponse0\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_status_service_proto_rawDescOnce sync.Once
@@ -286,36 +559,52 @@ func file_hamesh_v1_status_service_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_status_service_proto_rawDescData
 }
 
-var file_hamesh_v1_status_service_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_hamesh_v1_status_service_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_hamesh_v1_status_service_proto_goTypes = []any{
-	(*GetStatusRequest)(nil),    // 0: hamesh.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),   // 1: hamesh.v1.GetStatusResponse
-	(*WatchStatusRequest)(nil),  // 2: hamesh.v1.WatchStatusRequest
-	(*WatchStatusResponse)(nil), // 3: hamesh.v1.WatchStatusResponse
-	(State)(0),                  // 4: hamesh.v1.State
-	(*Vip)(nil),                 // 5: hamesh.v1.Vip
-	(*Node)(nil),                // 6: hamesh.v1.Node
-	(*Backend)(nil),             // 7: hamesh.v1.Backend
-	(*Store)(nil),               // 8: hamesh.v1.Store
-	(*Problem)(nil),             // 9: hamesh.v1.Problem
+	(*GetStatusRequest)(nil),      // 0: hamesh.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),     // 1: hamesh.v1.GetStatusResponse
+	(*WatchStatusRequest)(nil),    // 2: hamesh.v1.WatchStatusRequest
+	(*WatchStatusResponse)(nil),   // 3: hamesh.v1.WatchStatusResponse
+	(*ListEventsRequest)(nil),     // 4: hamesh.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),    // 5: hamesh.v1.ListEventsResponse
+	(*WatchEventsRequest)(nil),    // 6: hamesh.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),   // 7: hamesh.v1.WatchEventsResponse
+	(State)(0),                    // 8: hamesh.v1.State
+	(*Vip)(nil),                   // 9: hamesh.v1.Vip
+	(*Node)(nil),                  // 10: hamesh.v1.Node
+	(*Backend)(nil),               // 11: hamesh.v1.Backend
+	(*Store)(nil),                 // 12: hamesh.v1.Store
+	(*Problem)(nil),               // 13: hamesh.v1.Problem
+	(*Proxy)(nil),                 // 14: hamesh.v1.Proxy
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(*Event)(nil),                 // 16: hamesh.v1.Event
 }
 var file_hamesh_v1_status_service_proto_depIdxs = []int32{
-	4, // 0: hamesh.v1.GetStatusResponse.state:type_name -> hamesh.v1.State
-	5, // 1: hamesh.v1.GetStatusResponse.vips:type_name -> hamesh.v1.Vip
-	6, // 2: hamesh.v1.GetStatusResponse.nodes:type_name -> hamesh.v1.Node
-	7, // 3: hamesh.v1.GetStatusResponse.backends:type_name -> hamesh.v1.Backend
-	8, // 4: hamesh.v1.GetStatusResponse.store:type_name -> hamesh.v1.Store
-	9, // 5: hamesh.v1.GetStatusResponse.problems:type_name -> hamesh.v1.Problem
-	1, // 6: hamesh.v1.WatchStatusResponse.status:type_name -> hamesh.v1.GetStatusResponse
-	0, // 7: hamesh.v1.StatusService.GetStatus:input_type -> hamesh.v1.GetStatusRequest
-	2, // 8: hamesh.v1.StatusService.WatchStatus:input_type -> hamesh.v1.WatchStatusRequest
-	1, // 9: hamesh.v1.StatusService.GetStatus:output_type -> hamesh.v1.GetStatusResponse
-	3, // 10: hamesh.v1.StatusService.WatchStatus:output_type -> hamesh.v1.WatchStatusResponse
-	9, // [9:11] is the sub-list for method output_type
-	7, // [7:9] is the sub-list for method input_type
-	7, // [7:7] is the sub-list for extension type_name
-	7, // [7:7] is the sub-list for extension extendee
-	0, // [0:7] is the sub-list for field type_name
+	8,  // 0: hamesh.v1.GetStatusResponse.state:type_name -> hamesh.v1.State
+	9,  // 1: hamesh.v1.GetStatusResponse.vips:type_name -> hamesh.v1.Vip
+	10, // 2: hamesh.v1.GetStatusResponse.nodes:type_name -> hamesh.v1.Node
+	11, // 3: hamesh.v1.GetStatusResponse.backends:type_name -> hamesh.v1.Backend
+	12, // 4: hamesh.v1.GetStatusResponse.store:type_name -> hamesh.v1.Store
+	13, // 5: hamesh.v1.GetStatusResponse.problems:type_name -> hamesh.v1.Problem
+	14, // 6: hamesh.v1.GetStatusResponse.proxies:type_name -> hamesh.v1.Proxy
+	1,  // 7: hamesh.v1.WatchStatusResponse.status:type_name -> hamesh.v1.GetStatusResponse
+	15, // 8: hamesh.v1.ListEventsRequest.since:type_name -> google.protobuf.Timestamp
+	16, // 9: hamesh.v1.ListEventsResponse.events:type_name -> hamesh.v1.Event
+	15, // 10: hamesh.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
+	16, // 11: hamesh.v1.WatchEventsResponse.event:type_name -> hamesh.v1.Event
+	0,  // 12: hamesh.v1.StatusService.GetStatus:input_type -> hamesh.v1.GetStatusRequest
+	2,  // 13: hamesh.v1.StatusService.WatchStatus:input_type -> hamesh.v1.WatchStatusRequest
+	4,  // 14: hamesh.v1.StatusService.ListEvents:input_type -> hamesh.v1.ListEventsRequest
+	6,  // 15: hamesh.v1.StatusService.WatchEvents:input_type -> hamesh.v1.WatchEventsRequest
+	1,  // 16: hamesh.v1.StatusService.GetStatus:output_type -> hamesh.v1.GetStatusResponse
+	3,  // 17: hamesh.v1.StatusService.WatchStatus:output_type -> hamesh.v1.WatchStatusResponse
+	5,  // 18: hamesh.v1.StatusService.ListEvents:output_type -> hamesh.v1.ListEventsResponse
+	7,  // 19: hamesh.v1.StatusService.WatchEvents:output_type -> hamesh.v1.WatchEventsResponse
+	16, // [16:20] is the sub-list for method output_type
+	12, // [12:16] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_status_service_proto_init() }
@@ -330,7 +619,7 @@ func file_hamesh_v1_status_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_status_service_proto_rawDesc), len(file_hamesh_v1_status_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

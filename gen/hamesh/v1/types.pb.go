@@ -311,6 +311,155 @@ func (BackendState) EnumDescriptor() ([]byte, []int) {
 	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
+// EventKind is what an event is about.
+type EventKind int32
+
+const (
+	// Never sent.
+	EventKind_EVENT_KIND_UNSPECIFIED EventKind = 0
+	// The node's agent has started.
+	EventKind_EVENT_KIND_AGENT_STARTED EventKind = 1
+	// The node's agent was told to stop.
+	EventKind_EVENT_KIND_AGENT_STOPPING EventKind = 2
+	// The node owns the VIP now; peer owned it before.
+	EventKind_EVENT_KIND_VIP_GAINED EventKind = 3
+	// The node owns the VIP no more; peer owns it now.
+	EventKind_EVENT_KIND_VIP_LOST EventKind = 4
+	// The right by which the node owns the VIP has changed.
+	EventKind_EVENT_KIND_RIGHT_CHANGED EventKind = 5
+	// Somebody has asked the node to move the VIP.
+	EventKind_EVENT_KIND_MOVE_REQUESTED EventKind = 6
+	// A move that was asked for came to nothing.
+	EventKind_EVENT_KIND_MOVE_FAILED EventKind = 7
+	// Somebody has taken the VIP's address off the node that owns it.
+	EventKind_EVENT_KIND_ADDRESS_REMOVED EventKind = 8
+	// The address is back on its owner.
+	EventKind_EVENT_KIND_ADDRESS_RESTORED EventKind = 9
+	// Somebody who should not has the VIP's address, or speaks for it on the segment.
+	EventKind_EVENT_KIND_ADDRESS_CONFLICT EventKind = 10
+	// The node hears peer, which is not ready.
+	EventKind_EVENT_KIND_MEMBER_SUSPECT EventKind = 11
+	// The node does not hear peer any more.
+	EventKind_EVENT_KIND_MEMBER_DOWN EventKind = 12
+	// The node hears peer again, and peer is ready.
+	EventKind_EVENT_KIND_MEMBER_BACK EventKind = 13
+	// The guard of peer has said that its agent has ended and its addresses are off.
+	EventKind_EVENT_KIND_MEMBER_WITHDRAWN EventKind = 14
+	// The store does not answer the node.
+	EventKind_EVENT_KIND_STORE_AWAY EventKind = 15
+	// The store answers the node again.
+	EventKind_EVENT_KIND_STORE_BACK EventKind = 16
+	// The backend is up, as the node sees it.
+	EventKind_EVENT_KIND_BACKEND_UP EventKind = 17
+	// The backend is down, as the node sees it.
+	EventKind_EVENT_KIND_BACKEND_DOWN EventKind = 18
+	// An operator wants no new connections to the backend.
+	EventKind_EVENT_KIND_BACKEND_DRAINING EventKind = 19
+	// An operator has taken the backend out.
+	EventKind_EVENT_KIND_BACKEND_DISABLED EventKind = 20
+	// An operator has taken the backend in again.
+	EventKind_EVENT_KIND_BACKEND_ACTIVE EventKind = 21
+	// An operator has drained peer.
+	EventKind_EVENT_KIND_NODE_DRAINED EventKind = 22
+	// An operator has taken the order to drain peer back.
+	EventKind_EVENT_KIND_NODE_UNDRAINED EventKind = 23
+	// The node sees another problem than those above.
+	EventKind_EVENT_KIND_PROBLEM_BEGAN EventKind = 24
+	// The node sees that problem no more.
+	EventKind_EVENT_KIND_PROBLEM_ENDED EventKind = 25
+	// An operator makes the node's agent stop abruptly, for a drill.
+	EventKind_EVENT_KIND_CRASH_REQUESTED EventKind = 26
+)
+
+// Enum value maps for EventKind.
+var (
+	EventKind_name = map[int32]string{
+		0:  "EVENT_KIND_UNSPECIFIED",
+		1:  "EVENT_KIND_AGENT_STARTED",
+		2:  "EVENT_KIND_AGENT_STOPPING",
+		3:  "EVENT_KIND_VIP_GAINED",
+		4:  "EVENT_KIND_VIP_LOST",
+		5:  "EVENT_KIND_RIGHT_CHANGED",
+		6:  "EVENT_KIND_MOVE_REQUESTED",
+		7:  "EVENT_KIND_MOVE_FAILED",
+		8:  "EVENT_KIND_ADDRESS_REMOVED",
+		9:  "EVENT_KIND_ADDRESS_RESTORED",
+		10: "EVENT_KIND_ADDRESS_CONFLICT",
+		11: "EVENT_KIND_MEMBER_SUSPECT",
+		12: "EVENT_KIND_MEMBER_DOWN",
+		13: "EVENT_KIND_MEMBER_BACK",
+		14: "EVENT_KIND_MEMBER_WITHDRAWN",
+		15: "EVENT_KIND_STORE_AWAY",
+		16: "EVENT_KIND_STORE_BACK",
+		17: "EVENT_KIND_BACKEND_UP",
+		18: "EVENT_KIND_BACKEND_DOWN",
+		19: "EVENT_KIND_BACKEND_DRAINING",
+		20: "EVENT_KIND_BACKEND_DISABLED",
+		21: "EVENT_KIND_BACKEND_ACTIVE",
+		22: "EVENT_KIND_NODE_DRAINED",
+		23: "EVENT_KIND_NODE_UNDRAINED",
+		24: "EVENT_KIND_PROBLEM_BEGAN",
+		25: "EVENT_KIND_PROBLEM_ENDED",
+		26: "EVENT_KIND_CRASH_REQUESTED",
+	}
+	EventKind_value = map[string]int32{
+		"EVENT_KIND_UNSPECIFIED":      0,
+		"EVENT_KIND_AGENT_STARTED":    1,
+		"EVENT_KIND_AGENT_STOPPING":   2,
+		"EVENT_KIND_VIP_GAINED":       3,
+		"EVENT_KIND_VIP_LOST":         4,
+		"EVENT_KIND_RIGHT_CHANGED":    5,
+		"EVENT_KIND_MOVE_REQUESTED":   6,
+		"EVENT_KIND_MOVE_FAILED":      7,
+		"EVENT_KIND_ADDRESS_REMOVED":  8,
+		"EVENT_KIND_ADDRESS_RESTORED": 9,
+		"EVENT_KIND_ADDRESS_CONFLICT": 10,
+		"EVENT_KIND_MEMBER_SUSPECT":   11,
+		"EVENT_KIND_MEMBER_DOWN":      12,
+		"EVENT_KIND_MEMBER_BACK":      13,
+		"EVENT_KIND_MEMBER_WITHDRAWN": 14,
+		"EVENT_KIND_STORE_AWAY":       15,
+		"EVENT_KIND_STORE_BACK":       16,
+		"EVENT_KIND_BACKEND_UP":       17,
+		"EVENT_KIND_BACKEND_DOWN":     18,
+		"EVENT_KIND_BACKEND_DRAINING": 19,
+		"EVENT_KIND_BACKEND_DISABLED": 20,
+		"EVENT_KIND_BACKEND_ACTIVE":   21,
+		"EVENT_KIND_NODE_DRAINED":     22,
+		"EVENT_KIND_NODE_UNDRAINED":   23,
+		"EVENT_KIND_PROBLEM_BEGAN":    24,
+		"EVENT_KIND_PROBLEM_ENDED":    25,
+		"EVENT_KIND_CRASH_REQUESTED":  26,
+	}
+)
+
+func (x EventKind) Enum() *EventKind {
+	p := new(EventKind)
+	*p = x
+	return p
+}
+
+func (x EventKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (EventKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_hamesh_v1_types_proto_enumTypes[5].Descriptor()
+}
+
+func (EventKind) Type() protoreflect.EnumType {
+	return &file_hamesh_v1_types_proto_enumTypes[5]
+}
+
+func (x EventKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use EventKind.Descriptor instead.
+func (EventKind) EnumDescriptor() ([]byte, []int) {
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{5}
+}
+
 // Vip is one virtual IP address and who has it.
 type Vip struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -331,7 +480,10 @@ type Vip struct {
 	// How often the owner has changed since the answering agent started.
 	Transitions uint32 `protobuf:"varint,8,opt,name=transitions,proto3" json:"transitions,omitempty"`
 	// Why the present owner got it.
-	Reason        string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The interface of the answering member that has the address, or would have it; empty on
+	// a witness.
+	Interface     string `protobuf:"bytes,10,opt,name=interface,proto3" json:"interface,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -429,6 +581,13 @@ func (x *Vip) GetReason() string {
 	return ""
 }
 
+func (x *Vip) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
 // Node is one member of the mesh.
 type Node struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -445,7 +604,16 @@ type Node struct {
 	// Why it is not ready or not eligible, for people.
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Version of its agent.
-	Version       string `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	// Connections that it still serves of VIPs that moved away from it; at least one while
+	// they have not been counted yet.
+	KeptConnections uint32 `protobuf:"varint,8,opt,name=kept_connections,json=keptConnections,proto3" json:"kept_connections,omitempty"`
+	// Digests of those parts of its configuration that all members must have in common, 8
+	// hexadecimal digits each: members, vips, proxies, timing, store, ports. They say
+	// something only beside those of a member of the same version. Empty: not heard.
+	ConfigDigests []string `protobuf:"bytes,9,rep,name=config_digests,json=configDigests,proto3" json:"config_digests,omitempty"`
+	// Boot id of its agent: every start on that node has a higher one. 0: not heard.
+	Boot          uint64 `protobuf:"varint,10,opt,name=boot,proto3" json:"boot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -529,6 +697,82 @@ func (x *Node) GetVersion() string {
 	return ""
 }
 
+func (x *Node) GetKeptConnections() uint32 {
+	if x != nil {
+		return x.KeptConnections
+	}
+	return 0
+}
+
+func (x *Node) GetConfigDigests() []string {
+	if x != nil {
+		return x.ConfigDigests
+	}
+	return nil
+}
+
+func (x *Node) GetBoot() uint64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+// Proxy is one port on which every member takes clients' connections.
+type Proxy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name from the configuration.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Its TCP port, on the VIPs and on every node.
+	Port          uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proxy) Reset() {
+	*x = Proxy{}
+	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proxy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proxy) ProtoMessage() {}
+
+func (x *Proxy) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
+func (*Proxy) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Proxy) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Proxy) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
 // Backend is one API server behind a proxy.
 type Backend struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -554,7 +798,7 @@ type Backend struct {
 
 func (x *Backend) Reset() {
 	*x = Backend{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	mi := &file_hamesh_v1_types_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -566,7 +810,7 @@ func (x *Backend) String() string {
 func (*Backend) ProtoMessage() {}
 
 func (x *Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	mi := &file_hamesh_v1_types_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -579,7 +823,7 @@ func (x *Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Backend.ProtoReflect.Descriptor instead.
 func (*Backend) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{2}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Backend) GetName() string {
@@ -648,14 +892,16 @@ type Store struct {
 	// The member that leads etcd; empty: unknown or none.
 	Leader string `protobuf:"bytes,3,opt,name=leader,proto3" json:"leader,omitempty"`
 	// etcd's members by name (embedded), or the endpoints (external).
-	Members       []string `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	Members []string `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	// The TCP port on which etcd's members speak to each other; 0: external.
+	PeerPort      uint32 `protobuf:"varint,5,opt,name=peer_port,json=peerPort,proto3" json:"peer_port,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Store) Reset() {
 	*x = Store{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[3]
+	mi := &file_hamesh_v1_types_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +913,7 @@ func (x *Store) String() string {
 func (*Store) ProtoMessage() {}
 
 func (x *Store) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[3]
+	mi := &file_hamesh_v1_types_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +926,7 @@ func (x *Store) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Store.ProtoReflect.Descriptor instead.
 func (*Store) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Store) GetKind() string {
@@ -711,6 +957,13 @@ func (x *Store) GetMembers() []string {
 	return nil
 }
 
+func (x *Store) GetPeerPort() uint32 {
+	if x != nil {
+		return x.PeerPort
+	}
+	return 0
+}
+
 // Problem is one thing an operator should know, with what to do about it.
 type Problem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -726,7 +979,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[4]
+	mi := &file_hamesh_v1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +991,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[4]
+	mi := &file_hamesh_v1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +1004,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Problem) GetCode() string {
@@ -775,11 +1028,167 @@ func (x *Problem) GetFix() string {
 	return ""
 }
 
+// Event is one thing that happened, as one member saw it.
+type Event struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unique in the mesh, and sorted by time: 16 hexadecimal digits (nanoseconds since
+	// 1970), a dash, the node. A node's later event has the higher id, whatever its clock
+	// does.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// When, by the node's clock.
+	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	// The member that saw it and has recorded it.
+	Node string `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	// What it is about.
+	Kind EventKind `protobuf:"varint,4,opt,name=kind,proto3,enum=hamesh.v1.EventKind" json:"kind,omitempty"`
+	// The VIP that it is about; empty: none.
+	Vip string `protobuf:"bytes,5,opt,name=vip,proto3" json:"vip,omitempty"`
+	// The proxy of the backend.
+	Proxy string `protobuf:"bytes,6,opt,name=proxy,proto3" json:"proxy,omitempty"`
+	// The backend that it is about; empty: none.
+	Backend string `protobuf:"bytes,7,opt,name=backend,proto3" json:"backend,omitempty"`
+	// The other member that it is about; empty: none.
+	Peer string `protobuf:"bytes,8,opt,name=peer,proto3" json:"peer,omitempty"`
+	// The VIP's epoch; 0: none.
+	Epoch int64 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The right that is in force now; absent: none, or not about one.
+	Right *Right `protobuf:"varint,10,opt,name=right,proto3,enum=hamesh.v1.Right,oneof" json:"right,omitempty"`
+	// Who ordered it: the name in the operator's certificate, or the local user.
+	By string `protobuf:"bytes,11,opt,name=by,proto3" json:"by,omitempty"`
+	// What happened, for people.
+	Message string `protobuf:"bytes,12,opt,name=message,proto3" json:"message,omitempty"`
+	// Why, for people; empty: nobody knows, or the message says it.
+	Reason        string `protobuf:"bytes,13,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_hamesh_v1_types_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_types_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Event) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Event) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Event) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Event) GetKind() EventKind {
+	if x != nil {
+		return x.Kind
+	}
+	return EventKind_EVENT_KIND_UNSPECIFIED
+}
+
+func (x *Event) GetVip() string {
+	if x != nil {
+		return x.Vip
+	}
+	return ""
+}
+
+func (x *Event) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *Event) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *Event) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *Event) GetEpoch() int64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Event) GetRight() Right {
+	if x != nil && x.Right != nil {
+		return *x.Right
+	}
+	return Right_RIGHT_UNSPECIFIED
+}
+
+func (x *Event) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Event) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Event) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 var File_hamesh_v1_types_proto protoreflect.FileDescriptor
 
 const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\n" +
-	"\x15hamesh/v1/types.proto\x12\thamesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9c\x02\n" +
+	"\x15hamesh/v1/types.proto\x12\thamesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x02\n" +
 	"\x03Vip\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
@@ -789,8 +1198,10 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x05right\x18\x06 \x01(\x0e2\x10.hamesh.v1.RightH\x00R\x05right\x88\x01\x01\x120\n" +
 	"\x05since\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12 \n" +
 	"\vtransitions\x18\b \x01(\rR\vtransitions\x12\x16\n" +
-	"\x06reason\x18\t \x01(\tR\x06reasonB\b\n" +
-	"\x06_right\"\xd3\x01\n" +
+	"\x06reason\x18\t \x01(\tR\x06reason\x12\x1c\n" +
+	"\tinterface\x18\n" +
+	" \x01(\tR\tinterfaceB\b\n" +
+	"\x06_right\"\xb9\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12#\n" +
@@ -798,7 +1209,14 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\x0e2\x14.hamesh.v1.NodeStateR\x05state\x12\x1a\n" +
 	"\beligible\x18\x05 \x01(\bR\beligible\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x18\n" +
-	"\aversion\x18\a \x01(\tR\aversion\"\xe8\x01\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12)\n" +
+	"\x10kept_connections\x18\b \x01(\rR\x0fkeptConnections\x12%\n" +
+	"\x0econfig_digests\x18\t \x03(\tR\rconfigDigests\x12\x12\n" +
+	"\x04boot\x18\n" +
+	" \x01(\x04R\x04boot\"/\n" +
+	"\x05Proxy\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"\xe8\x01\n" +
 	"\aBackend\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12-\n" +
@@ -808,16 +1226,33 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"seen_up_by\x18\x06 \x03(\tR\bseenUpBy\x12\x14\n" +
 	"\x05proxy\x18\a \x01(\tR\x05proxy\x12\x12\n" +
-	"\x04node\x18\b \x01(\tR\x04node\"k\n" +
+	"\x04node\x18\b \x01(\tR\x04node\"\x88\x01\n" +
 	"\x05Store\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
 	"\x06leader\x18\x03 \x01(\tR\x06leader\x12\x18\n" +
-	"\amembers\x18\x04 \x03(\tR\amembers\"I\n" +
+	"\amembers\x18\x04 \x03(\tR\amembers\x12\x1b\n" +
+	"\tpeer_port\x18\x05 \x01(\rR\bpeerPort\"I\n" +
 	"\aProblem\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x10\n" +
-	"\x03fix\x18\x03 \x01(\tR\x03fix*U\n" +
+	"\x03fix\x18\x03 \x01(\tR\x03fix\"\xea\x02\n" +
+	"\x05Event\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12(\n" +
+	"\x04kind\x18\x04 \x01(\x0e2\x14.hamesh.v1.EventKindR\x04kind\x12\x10\n" +
+	"\x03vip\x18\x05 \x01(\tR\x03vip\x12\x14\n" +
+	"\x05proxy\x18\x06 \x01(\tR\x05proxy\x12\x18\n" +
+	"\abackend\x18\a \x01(\tR\abackend\x12\x12\n" +
+	"\x04peer\x18\b \x01(\tR\x04peer\x12\x14\n" +
+	"\x05epoch\x18\t \x01(\x03R\x05epoch\x12+\n" +
+	"\x05right\x18\n" +
+	" \x01(\x0e2\x10.hamesh.v1.RightH\x00R\x05right\x88\x01\x01\x12\x0e\n" +
+	"\x02by\x18\v \x01(\tR\x02by\x12\x18\n" +
+	"\amessage\x18\f \x01(\tR\amessage\x12\x16\n" +
+	"\x06reason\x18\r \x01(\tR\x06reasonB\b\n" +
+	"\x06_right*U\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_HEALTHY\x10\x01\x12\x12\n" +
@@ -844,7 +1279,36 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x10BACKEND_STATE_UP\x10\x01\x12\x16\n" +
 	"\x12BACKEND_STATE_DOWN\x10\x02\x12\x1a\n" +
 	"\x16BACKEND_STATE_DRAINING\x10\x03\x12\x1a\n" +
-	"\x16BACKEND_STATE_DISABLED\x10\x04B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\x16BACKEND_STATE_DISABLED\x10\x04*\xb2\x06\n" +
+	"\tEventKind\x12\x1a\n" +
+	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n" +
+	"\x18EVENT_KIND_AGENT_STARTED\x10\x01\x12\x1d\n" +
+	"\x19EVENT_KIND_AGENT_STOPPING\x10\x02\x12\x19\n" +
+	"\x15EVENT_KIND_VIP_GAINED\x10\x03\x12\x17\n" +
+	"\x13EVENT_KIND_VIP_LOST\x10\x04\x12\x1c\n" +
+	"\x18EVENT_KIND_RIGHT_CHANGED\x10\x05\x12\x1d\n" +
+	"\x19EVENT_KIND_MOVE_REQUESTED\x10\x06\x12\x1a\n" +
+	"\x16EVENT_KIND_MOVE_FAILED\x10\a\x12\x1e\n" +
+	"\x1aEVENT_KIND_ADDRESS_REMOVED\x10\b\x12\x1f\n" +
+	"\x1bEVENT_KIND_ADDRESS_RESTORED\x10\t\x12\x1f\n" +
+	"\x1bEVENT_KIND_ADDRESS_CONFLICT\x10\n" +
+	"\x12\x1d\n" +
+	"\x19EVENT_KIND_MEMBER_SUSPECT\x10\v\x12\x1a\n" +
+	"\x16EVENT_KIND_MEMBER_DOWN\x10\f\x12\x1a\n" +
+	"\x16EVENT_KIND_MEMBER_BACK\x10\r\x12\x1f\n" +
+	"\x1bEVENT_KIND_MEMBER_WITHDRAWN\x10\x0e\x12\x19\n" +
+	"\x15EVENT_KIND_STORE_AWAY\x10\x0f\x12\x19\n" +
+	"\x15EVENT_KIND_STORE_BACK\x10\x10\x12\x19\n" +
+	"\x15EVENT_KIND_BACKEND_UP\x10\x11\x12\x1b\n" +
+	"\x17EVENT_KIND_BACKEND_DOWN\x10\x12\x12\x1f\n" +
+	"\x1bEVENT_KIND_BACKEND_DRAINING\x10\x13\x12\x1f\n" +
+	"\x1bEVENT_KIND_BACKEND_DISABLED\x10\x14\x12\x1d\n" +
+	"\x19EVENT_KIND_BACKEND_ACTIVE\x10\x15\x12\x1b\n" +
+	"\x17EVENT_KIND_NODE_DRAINED\x10\x16\x12\x1d\n" +
+	"\x19EVENT_KIND_NODE_UNDRAINED\x10\x17\x12\x1c\n" +
+	"\x18EVENT_KIND_PROBLEM_BEGAN\x10\x18\x12\x1c\n" +
+	"\x18EVENT_KIND_PROBLEM_ENDED\x10\x19\x12\x1e\n" +
+	"\x1aEVENT_KIND_CRASH_REQUESTED\x10\x1aB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_types_proto_rawDescOnce sync.Once
@@ -858,32 +1322,38 @@ func file_hamesh_v1_types_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_types_proto_rawDescData
 }
 
-var file_hamesh_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_hamesh_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_hamesh_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_hamesh_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_hamesh_v1_types_proto_goTypes = []any{
 	(State)(0),                    // 0: hamesh.v1.State
 	(Right)(0),                    // 1: hamesh.v1.Right
 	(Role)(0),                     // 2: hamesh.v1.Role
 	(NodeState)(0),                // 3: hamesh.v1.NodeState
 	(BackendState)(0),             // 4: hamesh.v1.BackendState
-	(*Vip)(nil),                   // 5: hamesh.v1.Vip
-	(*Node)(nil),                  // 6: hamesh.v1.Node
-	(*Backend)(nil),               // 7: hamesh.v1.Backend
-	(*Store)(nil),                 // 8: hamesh.v1.Store
-	(*Problem)(nil),               // 9: hamesh.v1.Problem
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(EventKind)(0),                // 5: hamesh.v1.EventKind
+	(*Vip)(nil),                   // 6: hamesh.v1.Vip
+	(*Node)(nil),                  // 7: hamesh.v1.Node
+	(*Proxy)(nil),                 // 8: hamesh.v1.Proxy
+	(*Backend)(nil),               // 9: hamesh.v1.Backend
+	(*Store)(nil),                 // 10: hamesh.v1.Store
+	(*Problem)(nil),               // 11: hamesh.v1.Problem
+	(*Event)(nil),                 // 12: hamesh.v1.Event
+	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
 }
 var file_hamesh_v1_types_proto_depIdxs = []int32{
 	1,  // 0: hamesh.v1.Vip.right:type_name -> hamesh.v1.Right
-	10, // 1: hamesh.v1.Vip.since:type_name -> google.protobuf.Timestamp
+	13, // 1: hamesh.v1.Vip.since:type_name -> google.protobuf.Timestamp
 	2,  // 2: hamesh.v1.Node.role:type_name -> hamesh.v1.Role
 	3,  // 3: hamesh.v1.Node.state:type_name -> hamesh.v1.NodeState
 	4,  // 4: hamesh.v1.Backend.state:type_name -> hamesh.v1.BackendState
-	5,  // [5:5] is the sub-list for method output_type
-	5,  // [5:5] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	13, // 5: hamesh.v1.Event.time:type_name -> google.protobuf.Timestamp
+	5,  // 6: hamesh.v1.Event.kind:type_name -> hamesh.v1.EventKind
+	1,  // 7: hamesh.v1.Event.right:type_name -> hamesh.v1.Right
+	8,  // [8:8] is the sub-list for method output_type
+	8,  // [8:8] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_types_proto_init() }
@@ -892,13 +1362,14 @@ func file_hamesh_v1_types_proto_init() {
 		return
 	}
 	file_hamesh_v1_types_proto_msgTypes[0].OneofWrappers = []any{}
+	file_hamesh_v1_types_proto_msgTypes[6].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_types_proto_rawDesc), len(file_hamesh_v1_types_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   5,
+			NumEnums:      6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

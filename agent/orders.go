@@ -1,0 +1,419 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/hamesh/hamesh/agent/config"
+	"github.com/hamesh/hamesh/agent/health"
+	"github.com/hamesh/hamesh/agent/ownership"
+	"github.com/hamesh/hamesh/agent/store"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+	"github.com/hamesh/hamesh/server"
+)
+
+// What the store keeps as an order's state.
+const (
+	nodeDrained     = "drained"
+	backendDraining = "draining"
+	backendDisabled = "disabled"
+)
+
+const (
+	// requestLength is the longest request_id, in bytes: every poll of the store reads it.
+	requestLength = 128
+	// inForceWithin is how long the answer to an order waits until this member has applied
+	// it, which takes a poll; the order is kept all the same.
+	inForceWithin = time.Second
+)
+
+// orders are what operators want of nodes and backends: kept in the store, so that they
+// outlast every agent, and carried out by each member on its own, as far as they concern
+// it. While the store is away those that were known stay in force.
+type orders struct {
+	agent  *Agent
+	newest chan store.Orders // as last read from the store, not applied yet; room for one
+
+	mu      sync.Mutex
+	known   bool // the store was read
+	inForce map[store.Subject]store.Order
+	applied int64         // revision of inForce
+	changed chan struct{} // closed and replaced when they were applied
+}
+
+func newOrders(a *Agent) *orders {
+	return &orders{agent: a, newest: make(chan store.Orders, 1), changed: make(chan struct{})}
+}
+
+// put takes what the store says, in place of what it said before. It does not block.
+func (o *orders) put(now store.Orders) {
+	select {
+	case <-o.newest: // superseded
+	default:
+	}
+	o.newest <- now // only the store puts something in, so there is room
+}
+
+// run applies orders until ctx ends.
+func (o *orders) run(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case now := <-o.newest:
+			o.apply(now)
+		}
+	}
+}
+
+// apply makes the orders true on this member.
+func (o *orders) apply(now store.Orders) {
+	o.mu.Lock()
+	o.known, o.inForce = true, now.InForce
+	o.mu.Unlock()
+	for _, s := range o.agent.services {
+		s.update(func(time.Duration) {
+			for _, b := range s.cfg.Backends {
+				s.view.SetOrder(b.Name, wanted(now.InForce, s.cfg.Name, b))
+			}
+		})
+	}
+	o.agent.judgeEligibility()
+	o.mu.Lock()
+	o.applied = now.Revision
+	close(o.changed)
+	o.changed = make(chan struct{})
+	o.mu.Unlock()
+	o.agent.board.notify()
+}
+
+// of is what becomes of a backend by the orders in force.
+func (o *orders) of(proxy string, b config.Backend) health.Order {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return wanted(o.inForce, proxy, b)
+}
+
+// wanted is what becomes of a backend by the orders about it and about its node.
+func wanted(inForce map[store.Subject]store.Order, proxy string, b config.Backend) health.Order {
+	switch inForce[store.Subject{Proxy: proxy, Backend: b.Name}].State {
+	case backendDisabled:
+		return health.Disable
+	case backendDraining:
+		return health.Drain
+	}
+	if b.Node != "" && inForce[store.Subject{Node: b.Node}].State == nodeDrained {
+		return health.Drain
+	}
+	return health.Serve
+}
+
+// await returns when the orders of that revision have been applied here, or it takes too
+// long.
+func (o *orders) await(ctx context.Context, revision int64) {
+	ctx, cancel := context.WithTimeout(ctx, inForceWithin)
+	defer cancel()
+	for {
+		o.mu.Lock()
+		done, changed := o.applied >= revision, o.changed
+		o.mu.Unlock()
+		if done {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// drained says who has drained a node, in words; empty: nobody.
+func (o *orders) drained(node string) string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if order := o.inForce[store.Subject{Node: node}]; order.State == nodeDrained {
+		return "drained by an operator (" + order.By + ")"
+	}
+	return ""
+}
+
+// backendOrder says who has ordered what of a backend, the order about its node aside.
+func (o *orders) backendOrder(proxy, backend string) (by string, ordered bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	order, ordered := o.inForce[store.Subject{Proxy: proxy, Backend: backend}]
+	return order.By, ordered
+}
+
+// unfit is why this node may not take a VIP as far as orders go; empty: no reason. Before
+// they are known it may not: it could be a node that is drained.
+func (o *orders) unfit() string {
+	o.mu.Lock()
+	known := o.known
+	o.mu.Unlock()
+	if !known {
+		return "operators' orders have not been read yet"
+	}
+	return o.drained(o.agent.cfg.Node.Name)
+}
+
+// DrainNode implements server.ControlSink.
+func (o *orders) DrainNode(ctx context.Context, r *hameshv1.DrainNodeRequest) (*hameshv1.DrainNodeResponse, error) {
+	node := r.GetNode()
+	if err := o.checkMember(node); err != nil {
+		return nil, err
+	}
+	subject := store.Subject{Node: node}
+	changed, err := o.give(ctx, r.GetRequestId(), "drain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
+		if now.InForce[subject].State == nodeDrained {
+			return nil, nil
+		}
+		if !r.GetForce() && !o.spare(ctx, now, node) {
+			return nil, fmt.Errorf("drain %s: %w", node, server.ErrLastCandidate)
+		}
+		return map[store.Subject]*store.Order{subject: given(ctx, nodeDrained)}, nil
+	}, &hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_NODE_DRAINED, Peer: node,
+		Message: node + " gives up its VIPs and takes none", Reason: "an operator's order"})
+	return &hameshv1.DrainNodeResponse{Changed: changed}, err
+}
+
+// UndrainNode implements server.ControlSink.
+func (o *orders) UndrainNode(ctx context.Context, r *hameshv1.UndrainNodeRequest) (*hameshv1.UndrainNodeResponse, error) {
+	node := r.GetNode()
+	if err := o.checkMember(node); err != nil {
+		return nil, err
+	}
+	subject := store.Subject{Node: node}
+	changed, err := o.give(ctx, r.GetRequestId(), "undrain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
+		if _, ordered := now.InForce[subject]; !ordered {
+			return nil, nil
+		}
+		return map[store.Subject]*store.Order{subject: nil}, nil
+	}, &hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_NODE_UNDRAINED, Peer: node,
+		Message: node + " may take VIPs again", Reason: "an operator's order"})
+	return &hameshv1.UndrainNodeResponse{Changed: changed}, err
+}
+
+var backendOrders = map[hameshv1.BackendOrder]struct {
+	state, word string // state is empty where there is no order
+	kind        hameshv1.EventKind
+}{
+	hameshv1.BackendOrder_BACKEND_ORDER_ACTIVE:   {"", "active", hameshv1.EventKind_EVENT_KIND_BACKEND_ACTIVE},
+	hameshv1.BackendOrder_BACKEND_ORDER_DRAINING: {backendDraining, "draining", hameshv1.EventKind_EVENT_KIND_BACKEND_DRAINING},
+	hameshv1.BackendOrder_BACKEND_ORDER_DISABLED: {backendDisabled, "disabled", hameshv1.EventKind_EVENT_KIND_BACKEND_DISABLED},
+}
+
+// SetBackendState implements server.ControlSink.
+func (o *orders) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStateRequest) (*hameshv1.SetBackendStateResponse, error) {
+	want, ok := backendOrders[r.GetState()]
+	if !ok {
+		return nil, fmt.Errorf("%v: %w", r.GetState(), server.ErrStateInvalid)
+	}
+	services, err := o.find(r.GetProxy(), r.GetBackend())
+	if err != nil {
+		return nil, err
+	}
+	response := &hameshv1.SetBackendStateResponse{}
+	for _, s := range services {
+		response.Proxies = append(response.Proxies, s.cfg.Name)
+	}
+	what := fmt.Sprintf("make backend %s of %s %s", r.GetBackend(), strings.Join(response.Proxies, " and "), want.word)
+	response.Changed, err = o.give(ctx, r.GetRequestId(), what, func(now store.Orders) (map[store.Subject]*store.Order, error) {
+		writes := map[store.Subject]*store.Order{}
+		for _, s := range services {
+			subject := store.Subject{Proxy: s.cfg.Name, Backend: r.GetBackend()}
+			switch was, ordered := now.InForce[subject]; {
+			case want.state == "" && ordered:
+				writes[subject] = nil
+			case was.State == want.state:
+			case want.state == backendDisabled && !r.GetForce() && !s.spare(now.InForce, r.GetBackend()):
+				return nil, fmt.Errorf("disable backend %s of proxy %s: %w", r.GetBackend(), s.cfg.Name, server.ErrLastBackend)
+			default:
+				writes[subject] = given(ctx, want.state)
+			}
+		}
+		return writes, nil
+	}, &hameshv1.Event{Kind: want.kind, Proxy: strings.Join(response.Proxies, ","), Backend: r.GetBackend(),
+		Message: "backend " + r.GetBackend() + " is " + want.word, Reason: "an operator's order"})
+	return response, err
+}
+
+func given(ctx context.Context, state string) *store.Order {
+	return &store.Order{State: state, By: server.Caller(ctx), At: time.Now().UTC().Truncate(time.Millisecond)}
+}
+
+// give has the store keep an order, waits until it is in force here, and records the
+// event where something has changed by it.
+func (o *orders) give(ctx context.Context, request, what string, judge func(store.Orders) (map[store.Subject]*store.Order, error), event *hameshv1.Event) (changed bool, err error) {
+	if len(request) > requestLength {
+		return false, fmt.Errorf("%d bytes, more than %d: %w", len(request), requestLength, server.ErrRequestID)
+	}
+	judged := false // else it is a repeated request
+	revision, changed, err := o.agent.store.Give(ctx, store.Wish{
+		Request: cmp.Or(request, uuid.NewString()), What: what,
+		Judge: func(now store.Orders) (map[store.Subject]*store.Order, error) {
+			judged = true
+			return judge(now)
+		},
+	})
+	switch {
+	case errors.Is(err, store.ErrUnavailable):
+		return false, fmt.Errorf("%s: %w: %w", what, server.ErrStoreUnavailable, err)
+	case errors.Is(err, store.ErrRequestReused):
+		return false, fmt.Errorf("%s: %w: %w", what, server.ErrRequestID, err)
+	case err != nil:
+		return false, err
+	}
+	o.await(ctx, revision)
+	if judged && changed {
+		o.agent.log.Info("order in force: "+what, "caller", server.Caller(ctx))
+		event.By = server.Caller(ctx)
+		o.agent.events.record(event)
+	}
+	return changed, nil
+}
+
+// checkMember refuses a node that is not in the configuration.
+func (o *orders) checkMember(node string) error {
+	if o.agent.hasMember(node) {
+		return nil
+	}
+	var names []string
+	for _, m := range o.agent.cfg.Members {
+		names = append(names, m.Name)
+	}
+	return unknown(node, names, server.ErrNodeUnknown)
+}
+
+// find returns the services that have a backend of that name; proxy is one alone, or
+// empty.
+func (o *orders) find(proxy, backend string) (found []*service, err error) {
+	var proxies, backends []string
+	for _, s := range o.agent.services {
+		proxies = append(proxies, s.cfg.Name)
+		if proxy != "" && s.cfg.Name != proxy {
+			continue
+		}
+		for _, b := range s.backends() {
+			backends = append(backends, b.Name)
+			if b.Name == backend {
+				found = append(found, s)
+			}
+		}
+	}
+	switch {
+	case proxy != "" && !slices.Contains(proxies, proxy):
+		return nil, unknown(proxy, proxies, server.ErrProxyUnknown)
+	case len(found) == 0:
+		return nil, unknown(backend, backends, server.ErrBackendUnknown)
+	}
+	return found, nil
+}
+
+// unknown names what exists beside what was asked for.
+func unknown(name string, exist []string, err error) error {
+	slices.Sort(exist)
+	return fmt.Errorf("%q: %w; there are: %s", name, err, cmp.Or(strings.Join(slices.Compact(exist), ", "), "none"))
+}
+
+// spare says whether another backend of the service is up, with those orders in force.
+func (s *service) spare(inForce map[store.Subject]store.Order, backend string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, b := range s.cfg.Backends {
+		if b.Name != backend && s.statuses[i].State == health.Up && wanted(inForce, s.cfg.Name, b) == health.Serve {
+			return true
+		}
+	}
+	return false
+}
+
+// spare says whether another candidate may take the VIPs of a node, with those orders in
+// force. A witness has none.
+func (o *orders) spare(ctx context.Context, now store.Orders, node string) bool {
+	view, ok := o.agent.loop.view(ctx)
+	return ok && (o.agent.roles()[node] == config.Witness || o.agent.hasHeir(view, now.InForce, node))
+}
+
+// hasHeir says whether another candidate than that node is eligible.
+func (a *Agent) hasHeir(view ownership.View, inForce map[store.Subject]store.Order, node string) bool {
+	eligible := map[string]bool{a.cfg.Node.Name: view.Eligible}
+	for _, p := range view.Peers {
+		eligible[p.Name] = p.Heard && p.Ready && p.Eligible
+	}
+	for member, role := range a.roles() {
+		if member != node && role == config.Candidate && eligible[member] && inForce[store.Subject{Node: member}].State != nodeDrained {
+			return true
+		}
+	}
+	return false
+}
+
+// roles are the members', by their own word where it was heard.
+func (a *Agent) roles() map[string]config.Role {
+	all := map[string]config.Role{}
+	for _, m := range a.cfg.Members {
+		all[m.Name] = m.Role
+	}
+	all[a.cfg.Node.Name] = a.cfg.Node.Role
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	for name, h := range a.board.peers {
+		all[name] = config.Candidate
+		if h.GetRole() == hameshv1.Role_ROLE_WITNESS {
+			all[name] = config.Witness
+		}
+	}
+	return all
+}
+
+// drainProblems says what is left to do, or wrong, about a node that is drained.
+func (a *Agent) drainProblems(node string, view ownership.View) (all []*hameshv1.Problem) {
+	all = append(all, &hameshv1.Problem{
+		Code: "NODE_DRAINED", Message: node + " takes no VIP: " + a.orders.drained(node), Fix: "hactl undrain " + node + " when it is fit again",
+	})
+	a.orders.mu.Lock()
+	inForce := a.orders.inForce // which is not changed, but replaced
+	a.orders.mu.Unlock()
+	for _, v := range view.VIPs {
+		if v.Record.Owner == node && !v.Record.Gone && !a.hasHeir(view, inForce, node) {
+			all = append(all, &hameshv1.Problem{
+				Code: "DRAINED_NODE_OWNS", Message: node + " is drained, but keeps " + v.Name + ": no other candidate may take it",
+				Fix: "see why the other candidates are not eligible, or hactl undrain " + node,
+			})
+		}
+	}
+	return all
+}
+
+// keptConnections is how many connections a node still serves of VIPs that it gave away;
+// where they have not been counted yet, at least one.
+func (a *Agent) keptConnections(node string) (n uint32) {
+	add := func(keeps bool, kept uint32) {
+		if keeps {
+			n += max(kept, 1)
+		}
+	}
+	if node == a.cfg.Node.Name {
+		for _, v := range a.cfg.VIPs {
+			keeps, kept, _ := a.handing.keeps(v.Name)
+			add(keeps, uint32(kept))
+		}
+		return n
+	}
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	for _, v := range a.board.peers[node].GetVips() {
+		add(v.GetKeeps(), v.GetKeptConnections())
+	}
+	return n
+}

@@ -1,0 +1,127 @@
+package proxy
+
+import (
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/hamesh/hamesh/agent/health"
+	"github.com/hamesh/hamesh/agent/proxy/affinity"
+)
+
+// Backend is one server to which connections are relayed.
+type Backend struct {
+	Name    string
+	Address netip.AddrPort
+	Weight  int // share of the clients among the backends; 0 counts as 1
+}
+
+// backend is a Backend and what goes on with it, for all loops.
+type backend struct {
+	Backend
+	index  int
+	ranked affinity.Backend
+	target target
+
+	state       atomic.Int32 // health.State
+	load        atomic.Int64 // sessions that are with it, or trying it
+	established atomic.Int64
+	// Times since origin, in nanoseconds. It is tried after others until shunned, and
+	// gets its clients back one by one from rising on; 0: it has them all.
+	shunned, rising atomic.Int64
+
+	sent, received, total, failures atomic.Uint64
+
+	// Guarded by Proxy.mu.
+	drain *time.Timer // ends its sessions; nil: not running
+	wasUp bool        // so that coming up now is a recovery
+}
+
+// backend returns the backend of a name; nil: there is none.
+func (p *Proxy) backend(name string) *backend {
+	for _, b := range p.backends {
+		if b.Name == name {
+			return b
+		}
+	}
+	return nil
+}
+
+// State returns the state as of the last SetBackends.
+func (b *backend) State() health.State { return health.State(b.state.Load()) }
+
+// ramp returns which share of its clients a backend gets as yet.
+func (b *backend) ramp(now, slowStart time.Duration) float64 {
+	since := time.Duration(b.rising.Load())
+	if since == 0 || slowStart <= 0 {
+		return 1
+	}
+	if now >= since+slowStart {
+		b.rising.CompareAndSwap(int64(since), 0)
+		return 1
+	}
+	return float64(now-since) / float64(slowStart)
+}
+
+// SetBackends says what state each backend is in; a backend that is not named keeps
+// its state, and is Unknown before it was first named. Saying the same again does nothing.
+// It waits for nothing.
+//
+// New connections go to backends that are Up. Where none is Up or none of those accepts,
+// they go to Draining ones, then Unknown, then Down ones: an attempt is better than a
+// refusal. Disabled backends get none. A backend that was Up before, then Down or Disabled,
+// and becomes Up beside others gets its clients back over Config.SlowStart.
+//
+// Connections to a backend that becomes Disabled are reset at once; those to one that
+// becomes Down are too, with OnDownClose. Those to one that becomes Draining, or Down with
+// OnDownDrain, are reset after Config.DrainTimeout.
+func (p *Proxy) SetBackends(states map[string]health.State) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	others := 0
+	for _, b := range p.backends {
+		if b.State() == health.Up {
+			others++
+		}
+	}
+	for _, b := range p.backends {
+		state, named := states[b.Name]
+		was := b.State()
+		if !named || state == was {
+			continue
+		}
+		p.stopDrain(b)
+		b.rising.Store(0)
+		if state == health.Up {
+			b.shunned.Store(0)
+			if others > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
+				b.rising.Store(int64(time.Since(origin)))
+			}
+			b.wasUp = true
+		}
+		b.state.Store(int32(state))
+		switch {
+		case state == health.Disabled:
+			p.reset(b, BackendDisabled, p.loops)
+		case state == health.Down && p.cfg.OnDown == OnDownClose:
+			p.reset(b, BackendDown, p.loops)
+		case (state == health.Down || state == health.Draining) && p.cfg.DrainTimeout > 0 && !p.closed:
+			b.drain = time.AfterFunc(p.cfg.DrainTimeout, func() { p.reset(b, DrainTimeout, p.started()) })
+		}
+	}
+}
+
+// resets reports whether connections end when their backend comes into a state.
+func (p *Proxy) resets(state health.State) bool {
+	return state == health.Disabled || state == health.Down && p.cfg.OnDown == OnDownClose
+}
+
+// reset resets all sessions of a backend, soon.
+func (p *Proxy) reset(b *backend, cause Cause, loops []*loop) {
+	if n := b.established.Load(); n > 0 {
+		p.log.Info("resetting connections", "proxy", p.cfg.Name, "backend", b.Name, "cause", cause.String(), "connections", n)
+	}
+	for _, l := range loops {
+		l.post(func() { l.resetAll(b, cause) })
+	}
+}

@@ -1,0 +1,209 @@
+package proxy
+
+import (
+	"cmp"
+	"errors"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hamesh/hamesh/agent/health"
+	"github.com/hamesh/hamesh/agent/proxy/affinity"
+)
+
+const (
+	// raceAfter is how long a backend may be silent before the next in rank is tried
+	// beside it. It is far beyond a healthy connect inside one site, and far below what a
+	// client notices.
+	raceAfter = 100 * time.Millisecond
+	// shunFor is how long a backend that refused a connection, or left one unanswered for
+	// raceAfter, is tried after the others: as long as checks take to judge it.
+	shunFor = time.Second
+)
+
+// Why an attempt to connect has failed, besides the kernel's errors.
+var (
+	// ErrLoop says that a backend's address is the proxy itself, so that a connection
+	// would go round and round.
+	ErrLoop = errors.New("the backend's address is this proxy")
+	// ErrSilent says that a backend has not answered for a tenth of a second. The attempt
+	// goes on, and others are begun beside it.
+	ErrSilent = errors.New("no answer yet")
+)
+
+// search is how a session comes to its backend.
+type search struct {
+	class    int       // of classes: whose backends are tried now
+	tried    uint64    // one bit for each backend
+	attempts []attempt // under way
+}
+
+// attempt is one try to connect.
+type attempt struct {
+	backend *backend
+	fd      int
+	side    int
+	began   time.Duration
+}
+
+// classes are the states of backends that are tried, the best first. One class is tried
+// only when all of the one before have failed.
+var classes = [...]health.State{health.Up, health.Draining, health.Unknown, health.Down}
+
+// advance tries the next backend for a session, and ends the session where none is left
+// to try or to wait for.
+func (l *loop) advance(s *session) {
+	for {
+		b := l.next(s)
+		switch {
+		case b != nil:
+			s.search.tried |= 1 << b.index
+			if l.try(s, b) {
+				l.racing.start(s, l.now)
+				return
+			}
+		case len(s.search.attempts) > 0:
+			l.racing.start(s, l.now)
+			return
+		case s.search.class == len(classes)-1:
+			l.end(s, NoBackend)
+			return
+		default:
+			s.search.class++
+		}
+	}
+}
+
+// next returns the backend of the class that the session is to try next; nil: none.
+func (l *loop) next(s *session) *backend {
+	l.candidates, l.among = l.candidates[:0], l.among[:0]
+	for _, b := range l.proxy.backends {
+		if s.search.tried&(1<<b.index) == 0 && b.State() == classes[s.search.class] {
+			l.candidates = append(l.candidates, affinity.Candidate{
+				Backend: b.ranked, Load: int(b.load.Load()), Ramp: b.ramp(l.now, l.proxy.cfg.SlowStart),
+				Avoid: time.Duration(b.shunned.Load()) > l.now,
+			})
+			l.among = append(l.among, b)
+		}
+	}
+	i := affinity.Choose(s.from.Addr(), l.candidates, l.proxy.cfg.LoadFactor)
+	if i < 0 {
+		return nil
+	}
+	return l.among[i]
+}
+
+// try begins an attempt, and reports whether it may succeed.
+func (l *loop) try(s *session, b *backend) bool {
+	if b.Address.Port() == l.proxy.port && l.proxy.own.has(b.Address.Addr()) {
+		l.refused(b, ErrLoop)
+		return false
+	}
+	fd, errno := connectTo(&b.target)
+	if errno != 0 {
+		l.refused(b, errno)
+		return false
+	}
+	// A stale event of an attempt that has failed must not be taken for another one's.
+	side := sideServer + s.tries() - 1
+	if err := l.poll.add(fd, watchSocket, s.token(side)); err != nil {
+		abort(fd)
+		l.refused(b, err)
+		return false
+	}
+	b.load.Add(1)
+	s.search.attempts = append(s.search.attempts, attempt{b, fd, side, l.now})
+	return true
+}
+
+// answered takes an event of an attempt.
+func (l *loop) answered(s *session, side int, events uint32) {
+	i := slices.IndexFunc(s.search.attempts, func(a attempt) bool { return a.side == side })
+	if i < 0 {
+		return
+	}
+	a := s.search.attempts[i]
+	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+		s.search.attempts = slices.Delete(s.search.attempts, i, i+1)
+		errno := pendingError(a.fd)
+		closeSocket(a.fd)
+		a.backend.load.Add(-1)
+		l.refused(a.backend, errno)
+		l.advance(s)
+		return
+	}
+	if events&unix.EPOLLOUT == 0 {
+		return
+	}
+	if state := a.backend.State(); l.proxy.resets(state) && state != classes[s.search.class] {
+		// It has come into that state while this attempt was under way.
+		s.search.attempts = slices.Delete(s.search.attempts, i, i+1)
+		abort(a.fd)
+		a.backend.load.Add(-1)
+		l.advance(s)
+		return
+	}
+	l.won(s, i, events)
+}
+
+// won makes an attempt the session's connection to its backend.
+func (l *loop) won(s *session, i int, events uint32) {
+	a := s.search.attempts[i]
+	l.dropAttempts(s, i)
+	s.timer.stop()
+	s.phase, s.backend, s.connected = relaying, a.backend, l.now
+	s.server = socket{fd: a.fd, side: a.side, writable: true}
+	s.server.note(events)
+	l.proxy.connected(s, a, l.now)
+	if l.proxy.cfg.Greeting == GreetingV2 {
+		header := appendHeader(l.scratch[:0], s.from, s.localEnd())
+		// A new connection has room for it; if not, it is broken.
+		if n, errno := send(s.server.fd, header); n < len(header) {
+			s.server.broken = cmp.Or(errno, unix.ENOBUFS)
+		}
+	}
+	l.relay(s)
+}
+
+// dropAttempts ends all attempts but one; -1: all.
+func (l *loop) dropAttempts(s *session, but int) {
+	for i, a := range s.search.attempts {
+		if i != but {
+			abort(a.fd)
+			a.backend.load.Add(-1)
+		}
+	}
+	s.search.attempts = s.search.attempts[:0]
+}
+
+// silence goes on with a session that no backend has answered for raceAfter.
+func (l *loop) silence(s *session) {
+	late := l.now-s.began >= l.proxy.cfg.DialTimeout
+	for _, a := range s.search.attempts {
+		if late {
+			l.refused(a.backend, unix.ETIMEDOUT)
+		} else if l.now-a.began < 2*raceAfter {
+			l.shun(a.backend, ErrSilent)
+		}
+	}
+	if late {
+		l.end(s, NoBackend)
+		return
+	}
+	l.advance(s)
+}
+
+// refused notes that an attempt has failed.
+func (l *loop) refused(b *backend, err error) {
+	b.failures.Add(1)
+	l.shun(b, err)
+}
+
+// shun makes others come first for a while, and tells why.
+func (l *loop) shun(b *backend, err error) {
+	b.shunned.Store(int64(l.now + shunFor))
+	if l.proxy.cfg.OnConnectFailure != nil {
+		l.proxy.cfg.OnConnectFailure(b.Name, err)
+	}
+}

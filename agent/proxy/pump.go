@@ -1,0 +1,180 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// scratchSize is what is read at once while a stream is not bulky: two full TLS
+	// records. A read that fills it makes the stream bulky.
+	scratchSize = 32 << 10
+	// bulkyLeast is what a splice must bring for the stream to remain bulky. Below that
+	// copying is cheaper.
+	bulkyLeast = 16 << 10
+	// budget is how many bytes one direction of a session moves before others have their
+	// turn: some 100 µs.
+	budget = 1 << 20
+)
+
+// relay moves what can be moved in both directions, and ends the session when nothing
+// more is to come.
+func (l *loop) relay(s *session) {
+	hungry := false
+	// What a broken connection has left to read is passed on before the other one is
+	// reset; nothing can be written to it.
+	if s.server.broken == 0 {
+		hungry = l.pump(&s.up, &s.client, &s.server, &s.backend.sent)
+	}
+	if s.client.broken == 0 {
+		hungry = l.pump(&s.down, &s.server, &s.client, &s.backend.received) || hungry
+	}
+	if s.endedBy == 0 && s.up.ended {
+		s.endedBy = ClientClosed
+	}
+	if s.endedBy == 0 && s.down.ended {
+		s.endedBy = ServerClosed
+	}
+	switch {
+	case hungry:
+		l.resume(s)
+	case s.client.broken != 0:
+		l.end(s, causeOf(s.client.broken, causesOfClient))
+	case s.server.broken != 0:
+		l.end(s, causeOf(s.server.broken, causesOfServer))
+	case s.up.ended && s.up.clean() && s.down.ended && s.down.clean():
+		l.end(s, s.endedBy)
+	default:
+		l.passEnd(s, &s.up, &s.server)
+		l.passEnd(s, &s.down, &s.client)
+	}
+}
+
+// passEnd passes the end of one direction on, when all that came before it has been.
+func (l *loop) passEnd(s *session, h *half, sink *socket) {
+	if !h.ended || h.passed || !h.clean() {
+		return
+	}
+	h.passed = true
+	l.halfClosed.start(s, l.now)
+	if errno := endOutput(sink.fd); errno != 0 {
+		sink.broken = errno // the connection has been reset; its event is on the way
+	}
+}
+
+// pump moves bytes of one direction until there are none, or they cannot be written; then
+// it returns false. It returns true when it has used up its budget. Whichever connection
+// has an error gets it noted.
+func (l *loop) pump(h *half, source, sink *socket, count *atomic.Uint64) bool {
+	left := budget
+	for sink.writable && sink.broken == 0 {
+		if !h.clean() {
+			n := l.flush(h, sink)
+			h.moved += uint64(n)
+			count.Add(uint64(n))
+			continue
+		}
+		if left <= 0 {
+			return true
+		}
+		if !source.readable || h.ended {
+			return false
+		}
+		n := l.fill(h, source)
+		if n == 0 {
+			return false
+		}
+		if h.pipe == nil {
+			written := l.flush(h, sink)
+			h.moved += uint64(written)
+			count.Add(uint64(written))
+			h.pending = bytes.Clone(h.pending) // off the scratch buffer
+		}
+		left -= n
+	}
+	return false
+}
+
+// fill reads once, by splicing or into the loop's scratch buffer, and returns how much.
+func (l *loop) fill(h *half, source *socket) (n int) {
+	var errno syscall.Errno
+	if h.bulky {
+		h.pipe = l.pipes.borrow()
+	}
+	if h.pipe != nil {
+		// Since the pipe is empty, EAGAIN can only be the socket's. A short splice proves
+		// nothing: a pipe is full when its slots are.
+		n, errno = splice(source.fd, h.pipe.w, h.pipe.size)
+		h.pipe.n, h.bulky = n, n >= bulkyLeast
+		if n == 0 {
+			l.pipes.give(h.pipe)
+			h.pipe = nil
+		}
+	} else {
+		n, errno = receive(source.fd, l.scratch[:])
+		h.bulky = n == len(l.scratch)
+		if n > 0 {
+			h.pending = l.scratch[:n]
+			source.readable = h.bulky || source.eager
+		}
+	}
+	switch {
+	case n > 0:
+	case errno == unix.EAGAIN:
+		source.readable = false
+	case errno != 0:
+		source.broken = errno
+	case source.broken == 0:
+		h.ended = true
+	}
+	return n
+}
+
+// flush writes once what was read, and returns how much that was.
+func (l *loop) flush(h *half, sink *socket) (n int) {
+	var errno syscall.Errno
+	if h.pipe != nil {
+		n, errno = splice(h.pipe.r, sink.fd, h.pipe.n)
+		if h.pipe.n -= n; h.pipe.n == 0 {
+			l.pipes.give(h.pipe)
+			h.pipe = nil
+		}
+	} else {
+		n, errno = send(sink.fd, h.pending)
+		if h.pending = h.pending[n:]; len(h.pending) == 0 {
+			h.pending = nil
+		} else {
+			sink.writable = false
+		}
+	}
+	switch errno {
+	case 0:
+	case unix.EAGAIN:
+		sink.writable = false
+	default:
+		sink.broken = errno
+	}
+	return n
+}
+
+// splice moves bytes between a socket and a pipe. It does not wait, and does not announce
+// more to come (SPLICE_F_MORE), for which the kernel would hold back the last segment.
+// Moving much takes a while, so Go's scheduler is told.
+func splice(from, to, most int) (int, syscall.Errno) {
+	for {
+		n, err := unix.Splice(from, nil, to, nil, most, unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+		var errno syscall.Errno
+		switch {
+		case err == nil:
+			return int(n), 0
+		case !errors.As(err, &errno): // unix.Splice returns nothing else
+			return 0, unix.EIO
+		case errno != unix.EINTR:
+			return 0, errno
+		}
+	}
+}

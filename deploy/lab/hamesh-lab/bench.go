@@ -1,0 +1,111 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/hamesh/hamesh/deploy/lab/load"
+)
+
+type benchOptions struct {
+	runs  int
+	quick bool
+	file  string
+	idle  int
+	held  time.Duration
+	most  int // connections through a proxy at once
+}
+
+func benchCommand(flags *flag.FlagSet, args []string, out io.Writer) (func() error, error) {
+	var o benchOptions
+	flags.IntVar(&o.runs, "runs", 5, "how often each thing is measured; medians are shown")
+	flags.BoolVar(&o.quick, "quick", false, "one short run, for a first look")
+	flags.StringVar(&o.file, "out", "", "write the tables to this file, as Markdown, and every value to one beside it, as JSON")
+	flags.IntVar(&o.idle, "idle", 0, "hold so many silent connections instead, and count the lost ones")
+	flags.DurationVar(&o.held, "for", time.Minute, "with -idle: how long")
+	err := flags.Parse(args)
+	return func() error { return bench(out, o) }, err
+}
+
+func bench(out io.Writer, o benchOptions) error {
+	if o.runs < 1 || o.idle < 0 || o.held <= 0 {
+		return fmt.Errorf("bench: -runs %d -idle %d -for %s: out of range", o.runs, o.idle, o.held)
+	}
+	if _, err := exec.LookPath("haproxy"); err != nil {
+		return fmt.Errorf("%w: hamesh is measured beside it: apt-get install haproxy", err)
+	}
+	if err := limitConnections(out, &o); err != nil {
+		return err
+	}
+	if o.idle > 0 {
+		return benchIdleness(out, o)
+	}
+	return benchAll(out, o)
+}
+
+// limitConnections makes do with as many connections as this machine lets one process have.
+func limitConnections(out io.Writer, o *benchOptions) error {
+	// A connection takes two descriptors of a proxy, and hamesh leaves some hundreds to
+	// what else it does. Where more are allowed, one that takes more is to be seen, not to fail.
+	const each, others = 2, 1000
+	wanted := max(o.idle, benchMost)
+	allowed, err := load.Descriptors(8 * uint64(wanted))
+	if err != nil {
+		return err
+	}
+	o.most = wanted
+	if possible := (int(allowed) - others) / each / 100 * 100; possible < wanted {
+		o.most = possible
+		fmt.Fprintf(out, "a process may open no more than %d files here: %d connections instead of %d (ulimit -Hn 100000 before helps)\n", allowed, possible, wanted)
+	}
+	o.idle = min(o.idle, o.most)
+	return nil
+}
+
+// benchAll plays every rival's turn, run for run, so that whatever else the machine does
+// meets all of them.
+func benchAll(out io.Writer, o benchOptions) error {
+	l, runs := fullLengths, o.runs
+	if o.quick {
+		l, runs = quickLengths, 1
+	}
+	top, err := topConnections(rivals[1], l, o.most)
+	if err != nil {
+		return err
+	}
+	b := &benchmark{Began: time.Now(), Most: o.most, Rate: float64(int(top/2/100) * 100)}
+	fmt.Fprintf(out, "HAProxy: %.0f connections a second; latencies are taken at %.0f\n", top, b.Rate)
+	for i := range runs {
+		var without sheet
+		for _, v := range rivals {
+			t := turn{lengths: l, rate: b.Rate, direct: without}
+			began := time.Now()
+			err := onRig("bench", v, o.most, func(r *rig) error {
+				t.rig = r
+				return t.play()
+			})
+			if err != nil {
+				return err
+			}
+			if v.name == direct {
+				without = t.sheet
+			}
+			b.Turns = append(b.Turns, played{Run: i + 1, Rival: v.name, Readings: t.sheet})
+			fmt.Fprintf(out, "run %d, %s: %.0f connections a second, p99 %.0f µs (%s)\n",
+				i+1, v.name, t.find(topRate), t.find(latencyP99), time.Since(began).Round(time.Second))
+		}
+	}
+	b.Took = time.Since(b.Began)
+	fmt.Fprintf(out, "\n%s\n", b.text())
+	if o.file == "" {
+		return nil
+	}
+	return errors.Join(b.writeMarkdown(o.file), b.writeJSON(strings.TrimSuffix(o.file, ".md")+".json"))
+}
