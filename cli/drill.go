@@ -21,6 +21,7 @@ import (
 
 const (
 	drillCountMost = 1000
+	drillRateMost  = 200
 	// A pause is longer than members need to notice a silent one, and shorter than servers
 	// leave an idle connection alone (90 s, kube-apiserver).
 	drillPauseLeast, drillPauseMost = 500 * time.Millisecond, time.Minute
@@ -33,6 +34,7 @@ type drill struct {
 	*command
 	vip    string
 	count  int
+	rate   int // new connections per second
 	crash  bool
 	yes    bool
 	port   uint16 // 0: the proxy's
@@ -49,8 +51,8 @@ func (c *command) drillCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drill VIP",
 		Short: "Measure fail-over as a client sees it",
-		Long: `Measure fail-over as a client sees it: hactl itself is the client. It opens 100 new
-connections a second to the VIP, asks each for /readyz where HTTPS is spoken, keeps 10
+		Long: `Measure fail-over as a client sees it: hactl itself is the client. It opens new
+connections to the VIP at a fixed rate, asks each for /readyz where HTTPS is spoken, keeps 10
 established ones, and meanwhile moves the VIP to the next candidate, or with --crash makes
 its owner's agent stop abruptly. At last the VIP goes back to where it was.
 
@@ -73,6 +75,7 @@ Nothing is touched unless the mesh is healthy. --timeout bounds each order.`,
 	cmd.Flags().BoolVar(&d.crash, "crash", false, "crash the owner's agent instead of moving in order")
 	cmd.Flags().BoolVarP(&d.yes, "yes", "y", false, "crash without asking")
 	cmd.Flags().Uint16Var(&d.port, "port", 0, "port on the VIP that clients use; left out: the proxy's")
+	cmd.Flags().IntVar(&d.rate, "rate", 100, "new connections per second")
 	cmd.Flags().DurationVar(&d.pause, "pause", 2*time.Second, "how long to watch before the first and after each move")
 	cmd.Flags().DurationVar(&d.within, "within", time.Minute, "how long the mesh may take to be healthy again")
 	return cmd
@@ -82,6 +85,8 @@ func (d *drill) check() error {
 	switch {
 	case d.count < 1 || d.count > drillCountMost:
 		return fmt.Errorf("count %d is not between 1 and %d", d.count, drillCountMost)
+	case d.rate < 1 || d.rate > drillRateMost:
+		return fmt.Errorf("rate %d is not between 1 and %d", d.rate, drillRateMost)
 	case d.pause < drillPauseLeast || d.pause > drillPauseMost:
 		return fmt.Errorf("pause %s is not between %s and %s", d.pause, drillPauseLeast, drillPauseMost)
 	case d.within <= 0:
@@ -159,7 +164,7 @@ func (d *drill) prepare(ctx context.Context, s *hameshv1.GetStatusResponse) (hom
 	d.report = drillReport{
 		Mesh: s.GetMesh(), VIP: d.vip, Address: net.JoinHostPort(vip.GetAddress(), fmt.Sprint(d.port)),
 		Kind: "move", Speaks: "tcp", StartedAt: d.now().UTC().Truncate(time.Millisecond),
-		Rate: int(time.Second / knockEvery), Phases: []drillPhase{},
+		Rate: d.rate, Phases: []drillPhase{},
 	}
 	if d.crash {
 		d.report.Kind = "crash"
@@ -168,7 +173,7 @@ func (d *drill) prepare(ctx context.Context, s *hameshv1.GetStatusResponse) (hom
 	if n := findNode(s, thisMember(s)); n.GetRole() == hameshv1.Role_ROLE_CANDIDATE {
 		d.report.MeasuredOn = n.GetName()
 	}
-	d.traffic = &traffic{address: d.report.Address}
+	d.traffic = &traffic{address: d.report.Address, every: time.Second / time.Duration(d.rate)}
 	if err := d.traffic.probe(ctx); err != nil {
 		return refuse("run it where clients are, or choose another --port", "%s does not answer: %v", d.report.Address, err)
 	}

@@ -52,7 +52,7 @@ type drillPhase struct {
 	// mesh healthy; left out of planned moves.
 	HealthyMs *float64 `json:"healthyMs,omitempty"`
 	// GapMs is the longest time in which no new connection was answered. Without any fault
-	// it is the pause between two, 10, and what answering takes.
+	// it is the time between two of them, 10 at the default rate, and what answering takes.
 	GapMs       float64        `json:"gapMs"`
 	Connections int            `json:"connections"` // new ones, failed ones included
 	Failed      int            `json:"failed"`
@@ -67,6 +67,9 @@ type drillPhase struct {
 	from, to time.Time
 }
 
+// began says whether the connection began in the phase.
+func (p drillPhase) began(k knock) bool { return !k.begun.Before(p.from) && k.begun.Before(p.to) }
+
 // drillSummary is over all phases but the return, except for the counts, which are over all.
 type drillSummary struct {
 	Repetitions int        `json:"repetitions"`
@@ -77,6 +80,9 @@ type drillSummary struct {
 	Failed      int        `json:"failed"`
 	Streams     int        `json:"streams"`
 	Broken      int        `json:"broken"`
+	// FailedOutside counts new connections that failed while nothing moved: before the first
+	// phase, between two, or after the last.
+	FailedOutside int `json:"failedOutside"`
 	// Late counts connections that were left out, because too many were under way.
 	Late int `json:"late"`
 }
@@ -105,6 +111,11 @@ func ms(d time.Duration) float64 {
 // count adds to each phase what became of the connections that began in it.
 func (r *drillReport) count(knocks []knock) {
 	slices.SortFunc(knocks, func(a, b knock) int { return a.ended.Compare(b.ended) })
+	for _, k := range knocks {
+		if k.cause != "" && !slices.ContainsFunc(r.Phases, func(p drillPhase) bool { return p.began(k) }) {
+			r.Summary.FailedOutside++
+		}
+	}
 	for i := range r.Phases {
 		p := &r.Phases[i]
 		p.Failures = map[string]int{}
@@ -116,7 +127,7 @@ func (r *drillReport) count(knocks []knock) {
 				}
 				answered = k.ended
 			}
-			if k.begun.Before(p.from) || !k.begun.Before(p.to) {
+			if !p.began(k) {
 				continue
 			}
 			p.Connections++
@@ -195,6 +206,9 @@ func (v view) drill(r *drillReport) string {
 			}
 		}
 		out.WriteString(rows.render() + "\n\n")
+	}
+	if n := r.Summary.FailedOutside; n > 0 {
+		fmt.Fprintf(&out, "%s connections failed while nothing moved: see hactl doctor\n", v.bad(n))
 	}
 	colour := text.FgGreen
 	if r.Verdict != "passed" {

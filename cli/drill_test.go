@@ -290,6 +290,7 @@ func TestDrillRefuses(t *testing.T) {
 		{"unconfirmed", nil, []string{"--crash"}, exitUsage},
 		{"no-vip", nil, nil, exitUsage},
 		{"count", nil, []string{"--count", "0"}, exitUsage},
+		{"rate", nil, []string{"--rate", "201"}, exitUsage},
 		{"pause", nil, []string{"--pause", "1ms"}, exitUsage},
 		{"within", nil, []string{"--within", "-1s"}, exitUsage},
 	} {
@@ -368,12 +369,15 @@ func fixedDrill(kind string) *drillReport {
 		r.Phases = append(r.Phases, p)
 	}
 	var knocks []knock
-	for at := time.Duration(0); at < 6*time.Second; at += knockEvery {
+	for at := time.Duration(0); at < 6*time.Second; at += 10 * time.Millisecond {
 		k := knock{begun: now.Add(at), ended: now.Add(at + 3*time.Millisecond)}
 		if kind == "crash" && at%(2*time.Second) < 230*time.Millisecond && at < 4*time.Second {
 			k.cause, k.ended = causeRefused, k.begun.Add(time.Millisecond)
 		}
 		knocks = append(knocks, k)
+	}
+	if kind == "crash" { // and once before anything
+		knocks = append(knocks, knock{begun: now.Add(-time.Second), ended: now.Add(-time.Second), cause: causeReset})
 	}
 	r.count(knocks)
 	r.conclude(nil)

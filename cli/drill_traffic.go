@@ -16,13 +16,11 @@ import (
 )
 
 const (
-	// knockEvery is the time between two new connections of a drill.
-	knockEvery = 10 * time.Millisecond
 	// patience is how long a client waits for a connection, and for one answer on it.
 	patience = 2 * time.Second
-	// knocksAtOnce bounds the connections under way: all that begin within patience, and
-	// some more.
-	knocksAtOnce = 256
+	// knocksAtOnce bounds the connections under way: all that begin within patience, at the
+	// highest rate, and some more.
+	knocksAtOnce = 512
 	// drillStreams is how many connections are kept, half of them idle.
 	drillStreams = 10
 	// speakEvery is the time between two requests on a stream that speaks.
@@ -71,7 +69,8 @@ func cause(err error) string {
 // traffic is what a client does during a drill: it opens one connection after the other.
 type traffic struct {
 	address string // host:port
-	https   bool   // else connecting is all
+	every   time.Duration
+	https   bool // else connecting is all
 
 	work sync.WaitGroup
 	mu   sync.Mutex
@@ -102,7 +101,7 @@ func (t *traffic) probe(ctx context.Context) error {
 // run knocks until ctx ends, and returns when every knock has ended.
 func (t *traffic) run(ctx context.Context) {
 	defer t.work.Wait()
-	tick := time.NewTicker(knockEvery)
+	tick := time.NewTicker(t.every)
 	defer tick.Stop()
 	places := make(chan struct{}, knocksAtOnce)
 	// Not ctx: what has begun may end by itself, so that its end says something.
@@ -215,12 +214,7 @@ func (t *traffic) keep(ctx context.Context) (*streams, error) {
 	watched, stop := context.WithCancel(ctx)
 	s := &streams{stop: stop, broken: map[string]int{}}
 	for i := range drillStreams {
-		c, err := t.open(ctx)
-		if err == nil && t.https {
-			// Also those that will be idle: a server is quicker to close a connection on which
-			// it was never asked for anything (net/http.Server.ReadHeaderTimeout).
-			_, err = c.get()
-		}
+		c, err := t.settle(ctx)
 		if err != nil {
 			s.release()
 			return nil, fmt.Errorf("opening stream %d: %w", i+1, err)
@@ -243,6 +237,26 @@ func (t *traffic) keep(ctx context.Context) (*streams, error) {
 		})
 	}
 	return s, nil
+}
+
+// settle opens one stream. Something may always happen to one connection, which the knocks
+// tell of; only what fails again and again is no ground to measure on.
+func (t *traffic) settle(ctx context.Context) (c *client, err error) {
+	for range 3 {
+		if c, err = t.open(ctx); err != nil {
+			continue
+		}
+		if !t.https {
+			return c, nil
+		}
+		// Also those that will be idle: a server is quicker to close a connection on which
+		// it was never asked for anything (net/http.Server.ReadHeaderTimeout).
+		if _, err = c.get(); err == nil {
+			return c, nil
+		}
+		c.Close()
+	}
+	return nil, err
 }
 
 // release closes the streams and returns how many broke before, by cause, and the longest

@@ -35,6 +35,11 @@ const (
 var origin = time.Now()
 
 // loop relays a share of a proxy's sessions, all in one goroutine.
+//
+// Two goroutines for each session, by Go's net package and with pooled buffers, are simpler.
+// Measured beside it on two processors, shared with client and servers, they took 15.9 kB
+// of memory for an idle session instead of 1.2, 135 µs of processor time for a short
+// connection instead of 67, and 0.7 to 1.0 s for a gigabyte instead of 0.36 to 0.50.
 type loop struct {
 	proxy *Proxy
 	poll  *poll

@@ -578,7 +578,7 @@ func TestHalfCloseBothWays(t *testing.T) {
 
 // A reader that stops holds the sender back, and loses nothing.
 func TestSlowReader(t *testing.T) {
-	const size = 16 << 20
+	const size = 64 << 20 // more than the kernel's buffers on the way
 	written := make(chan struct{})
 	s := serve(t, "127.0.0.11:0", func(conn *net.TCPConn) {
 		conn.Write(make([]byte, size))
@@ -586,7 +586,7 @@ func TestSlowReader(t *testing.T) {
 	})
 	p := start(t, nil, s)
 	conn := dial(t, p, "")
-	conn.SetReadBuffer(16 << 10)
+	conn.SetReadBuffer(256 << 10) // a window of less than loopback's MSS would take minutes
 	mustName(t, conn)
 	var at uint64
 	eventually(t, "nothing moves any more", func() bool {

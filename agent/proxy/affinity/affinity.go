@@ -39,21 +39,15 @@ func Rank(client netip.Addr, backends []Backend) []int {
 
 // hasher draws for one client.
 type hasher struct {
-	buf    []byte // the client's subnet, and room for a key
-	subnet int    // its length
-	host   byte
-	room   [80]byte
+	client [16]byte
+	first  int // byte of its address; the last one is the host's, those before the subnet's
 }
 
-func newHasher(client netip.Addr) *hasher {
-	h := new(hasher)
-	text := client.Unmap().As16()
-	first, last := 0, len(text)-1
+func newHasher(client netip.Addr) hasher {
+	h := hasher{client: client.As16()}
 	if client.Unmap().Is4() {
-		first = last - 3
+		h.first = 12
 	}
-	h.buf = append(h.room[:0], text[first:last]...)
-	h.subnet, h.host = len(h.buf), text[last]
 	return h
 }
 
@@ -64,9 +58,10 @@ type standing struct {
 	weighted bool
 }
 
-func (h *hasher) standing(b Backend) standing {
-	h.buf = append(h.buf[:h.subnet], b.Key...)
-	return standing{score(xxhash.Sum64(h.buf), h.host, b.Weight), b.Key, b.Weight > 0}
+func (h hasher) standing(b Backend) standing {
+	var room [80]byte
+	subnet := append(append(room[:0], h.client[h.first:15]...), b.Key...)
+	return standing{score(xxhash.Sum64(subnet), h.client[15], b.Weight), b.Key, b.Weight > 0}
 }
 
 // compare is negative where s comes before t.

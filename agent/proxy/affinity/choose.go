@@ -46,7 +46,7 @@ func Choose(client netip.Addr, candidates []Candidate, factor float64) int {
 		switch {
 		case c.Avoid:
 			grade = 2
-		case c.Ramp < 1 && h.lot(s) >= c.Ramp, factor >= 1 && c.Load >= bound(c.Weight, weights, connections, factor):
+		case c.Ramp < 1 && lot(s) >= c.Ramp, factor >= 1 && c.Load >= bound(c.Weight, weights, connections, factor):
 			grade = 1
 		}
 		for ; grade < len(chosen); grade++ {
@@ -71,6 +71,6 @@ func bound(weight, weights, connections int, factor float64) int {
 
 // lot is where a client stands in the line for a backend that ramps up, 0 to 1. It stays
 // the same, so that no client goes to and fro.
-func (h *hasher) lot(s standing) float64 {
+func lot(s standing) float64 {
 	return float64(mix(s.score)>>11) / (1 << 53)
 }
