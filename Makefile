@@ -23,7 +23,8 @@ demo: ## the main job on this machine, in network namespaces (KEEP=1: leave it r
 
 # One package at a time: most of them time real kernels and sockets.
 test: ## all tests, with the race detector, on real namespaces
-	CGO_ENABLED=1 go test -race -p 1 -timeout 20m $(ARGS) ./...
+	CGO_ENABLED=1 go test -race -p 1 -timeout 30m $(ARGS) ./...
+	go test -count 1 ./agent -run 'TestMesh$$|TestStreamsOutliveMoves|TestDrain$$' # at full speed
 
 SEEDS ?= 2000
 sim: ## simulate the ownership protocol: SEEDS=2000
