@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"regexp"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 type benchOptions struct {
 	runs  int
 	quick bool
+	parts *regexp.Regexp
 	file  string
 	idle  int
 	held  time.Duration
@@ -27,11 +29,18 @@ func benchCommand(flags *flag.FlagSet, args []string, out io.Writer) (func() err
 	var o benchOptions
 	flags.IntVar(&o.runs, "runs", 5, "how often each thing is measured; medians are shown")
 	flags.BoolVar(&o.quick, "quick", false, "one short run, for a first look")
+	only := flags.String("only", "", "measure only the parts that this regular expression matches: rest, idle, connections, latency, streams, growth")
 	flags.StringVar(&o.file, "out", "", "write the tables to this file, as Markdown, and every value to one beside it, as JSON")
 	flags.IntVar(&o.idle, "idle", 0, "hold so many silent connections instead, and count the lost ones")
 	flags.DurationVar(&o.held, "for", time.Minute, "with -idle: how long")
-	err := flags.Parse(args)
-	return func() error { return bench(out, o) }, err
+	if err := flags.Parse(args); err != nil {
+		return nil, err
+	}
+	var err error
+	if o.parts, err = regexp.Compile(*only); err != nil {
+		return nil, fmt.Errorf("bench: -only: %w", err)
+	}
+	return func() error { return bench(out, o) }, nil
 }
 
 func bench(out io.Writer, o benchOptions) error {
@@ -85,7 +94,7 @@ func benchAll(out io.Writer, o benchOptions) error {
 	for i := range runs {
 		var without sheet
 		for _, v := range rivals {
-			t := turn{lengths: l, rate: b.Rate, direct: without}
+			t := turn{lengths: l, rate: b.Rate, parts: o.parts, direct: without}
 			began := time.Now()
 			err := onRig("bench", v, o.most, func(r *rig) error {
 				t.rig = r

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"time"
 
 	"github.com/hamesh/hamesh/deploy/lab"
@@ -78,6 +79,7 @@ type turn struct {
 	lengths
 	sheet
 	rate   float64 // of the open loop, connections a second
+	parts  *regexp.Regexp
 	direct sheet   // what the way without a proxy gave in the same run; nil: this is it
 	failed int
 }
@@ -111,13 +113,24 @@ func onRig(name string, v rival, most int, do func(*rig) error) (err error) {
 }
 
 func (t *turn) play() error {
-	parts := []func() error{t.closedLoop, t.openLoop, t.download, t.upload, t.growth}
-	if t.between != nil {
-		time.Sleep(t.settle)
-		parts = append([]func() error{t.atRest, t.idle}, parts...)
-	}
-	for _, part := range parts {
-		if err := part(); err != nil {
+	time.Sleep(t.settle)
+	for _, p := range []struct {
+		name    string
+		between bool // it is about what is between
+		do      func() error
+	}{
+		{"rest", true, t.atRest},
+		{"idle", true, t.idle},
+		{"connections", false, t.closedLoop},
+		{"latency", false, t.openLoop},
+		{"streams", false, t.download},
+		{"streams", false, t.upload},
+		{"growth", false, t.growth},
+	} {
+		if !t.parts.MatchString(p.name) || p.between && t.between == nil {
+			continue
+		}
+		if err := p.do(); err != nil {
 			return err
 		}
 	}
