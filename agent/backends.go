@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -52,6 +53,9 @@ const blindFor = 2 * time.Second
 // throughFall is how many checks through the proxy must fail in a row before this node
 // counts as unfit: one backend that hangs costs as many as its own checks take to find it.
 const throughFall = 3
+
+// loopback is where the way through the proxy is checked from, and to.
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
 func newService(cfg config.Proxy, self string, timing config.Timing, log hclog.Logger, m *metrics.Metrics, changed func()) (*service, error) {
 	s := &service{
@@ -159,7 +163,8 @@ func (s *service) setServing(on bool) {
 
 func (s *service) throughResult(r health.Result) {
 	blocked := ""
-	if r.State == health.Down {
+	// A proxy that is full is not broken, and its successor would be full as soon.
+	if r.State == health.Down && s.proxy.Full(loopback) == 0 {
 		blocked = r.Reason
 	}
 	s.mu.Lock()

@@ -68,7 +68,7 @@ func (s *service) plan(cfg config.Proxy) (*plan, error) {
 	}
 	// The whole way as a client goes it: through this proxy to whatever backend it chooses.
 	check, err := probe.New(probe.Config{
-		Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), cfg.Port),
+		Address: netip.AddrPortFrom(loopback, cfg.Port),
 		Scheme:  probeSchemes[h.Scheme], Path: h.Path, Interval: 2 * h.Interval, Timeout: 2 * h.Timeout,
 		Rise: 1, Fall: throughFall, Known: through, OnResult: s.throughResult,
 	})

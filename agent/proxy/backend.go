@@ -106,7 +106,7 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		case state == health.Down && p.cfg.OnDown == OnDownClose:
 			p.reset(b, BackendDown, p.loops)
 		case (state == health.Down || state == health.Draining) && p.cfg.DrainTimeout > 0 && !p.closed:
-			b.drain = time.AfterFunc(p.cfg.DrainTimeout, func() { p.reset(b, DrainTimeout, p.started()) })
+			p.startDrain(b)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"slices"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,7 +60,14 @@ func (l *loop) advance(s *session) {
 		switch {
 		case b != nil:
 			s.search.tried |= 1 << b.index
-			if l.try(s, b) {
+			err := l.try(s, b)
+			switch {
+			case err != nil && !isShortage(err):
+				l.refused(b, err)
+			case err != nil && len(s.search.attempts) == 0:
+				l.end(s, Failed)
+				return
+			default:
 				l.racing.start(s, l.now)
 				return
 			}
@@ -94,27 +102,31 @@ func (l *loop) next(s *session) *backend {
 	return l.among[i]
 }
 
-// try begins an attempt, and reports whether it may succeed.
-func (l *loop) try(s *session, b *backend) bool {
+// try begins an attempt, or says why it cannot succeed.
+func (l *loop) try(s *session, b *backend) error {
 	if b.Address.Port() == l.proxy.port && l.proxy.own.has(b.Address.Addr()) {
-		l.refused(b, ErrLoop)
-		return false
+		return ErrLoop
 	}
 	fd, errno := connectTo(&b.target)
 	if errno != 0 {
-		l.refused(b, errno)
-		return false
+		return errno
 	}
 	// A stale event of an attempt that has failed must not be taken for another one's.
 	side := sideServer + s.tries() - 1
 	if err := l.poll.add(fd, watchSocket, s.token(side)); err != nil {
 		abort(fd)
-		l.refused(b, err)
-		return false
+		return err
 	}
 	b.load.Add(1)
 	s.search.attempts = append(s.search.attempts, attempt{b, fd, side, l.now})
-	return true
+	return nil
+}
+
+// isShortage reports whether an error is this machine's own, for want of descriptors or
+// memory (socket(2), epoll_ctl(2)), and says nothing of a backend.
+func isShortage(err error) bool {
+	return slices.ContainsFunc([]syscall.Errno{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.ENOSPC},
+		func(e syscall.Errno) bool { return errors.Is(err, e) })
 }
 
 // answered takes an event of an attempt.
@@ -151,7 +163,7 @@ func (l *loop) answered(s *session, side int, events uint32) {
 func (l *loop) won(s *session, i int, events uint32) {
 	a := s.search.attempts[i]
 	l.dropAttempts(s, i)
-	s.timer.stop()
+	l.settling.start(s, l.now)
 	s.phase, s.backend, s.connected = relaying, a.backend, l.now
 	s.server = socket{fd: a.fd, side: a.side, writable: true}
 	s.server.note(events)
@@ -164,6 +176,15 @@ func (l *loop) won(s *session, i int, events uint32) {
 		}
 	}
 	l.relay(s)
+}
+
+// settle prepares a session that is not a short one for a long life.
+func (l *loop) settle(s *session) {
+	if err := setOptions(s.server.fd); err != nil {
+		l.end(s, Failed)
+		return
+	}
+	l.boundHalfClosed(s)
 }
 
 // dropAttempts ends all attempts but one; -1: all.

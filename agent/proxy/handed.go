@@ -151,8 +151,8 @@ func (l *loop) adopt(h HandedSession) {
 		b.established.Add(1)
 	}
 	s.up, s.down, s.endedBy = h.Up.half(), h.Down.half(), h.EndedBy
-	if s.endedBy != 0 {
-		l.halfClosed.start(s, l.now)
+	if s.phase == relaying {
+		l.settling.start(s, l.now) // it may not have come so far where it was
 	}
 	err := l.poll.add(s.client.fd, watchSocket, s.token(sideClient))
 	if err == nil && s.phase == relaying {

@@ -13,17 +13,17 @@ import (
 )
 
 const (
-	// restAfter is how long a loop goes on without a rest: a moment to the rest of the
-	// agent, whose heartbeats must not wait until Go takes a processor away by itself
-	// (10 ms, and as much again for each other loop).
-	restAfter = time.Millisecond
 	// acceptBatch is how many clients are accepted in a row. More would be served one after
 	// the other here while another loop has nothing to do.
 	acceptBatch = 8
+	// againMost is how many bulky sessions have their turn in a row before new events do.
+	againMost = 64
 	// acceptPause is how long accepting rests at first where it has failed for want of
 	// descriptors or memory; twice as long each time after, up to acceptPauseMost.
 	acceptPause     = 5 * time.Millisecond
 	acceptPauseMost = time.Second
+	// settleAfter is how long a session lasts that is not a short one.
+	settleAfter = time.Second
 	// halfClosedFor bounds a session one direction of which has ended. A peer that has
 	// ended its own direction may well want an answer, but no API server takes an hour
 	// for one, and a peer that has forgotten the connection is one that keep-alive does
@@ -44,17 +44,16 @@ type loop struct {
 	proxy *Proxy
 	poll  *poll
 	now   time.Duration // since origin, at the beginning of the turn
-	busy  time.Duration // since when it has not rested
 
 	sessions []*session // by index, the unused ones too
 	free     []int32    // indices of unused ones
 	again    []*session // have more to do in the next turn
 
-	racing, halfClosed timers
-	pipes              pipes
-	scratch            [scratchSize]byte
-	candidates         []affinity.Candidate // of one choice, to save garbage
-	among              []*backend
+	racing, settling, halfClosed timers
+	pipes                        pipes
+	scratch                      [scratchSize]byte
+	candidates                   []affinity.Candidate // of one choice, to save garbage
+	among                        []*backend
 
 	listener int           // -1: this loop accepts nothing
 	watched  bool          // listener is
@@ -75,7 +74,7 @@ func newLoop(p *Proxy) (*loop, error) {
 	}
 	return &loop{
 		proxy: p, poll: poll, listener: -1, now: time.Since(origin),
-		racing: timers{after: raceAfter}, halfClosed: timers{after: halfClosedFor},
+		racing: timers{after: raceAfter}, settling: timers{after: settleAfter}, halfClosed: timers{after: halfClosedFor},
 	}, nil
 }
 
@@ -99,16 +98,13 @@ func (l *loop) run() error {
 	defer l.poll.close()
 	defer l.pipes.close()
 	for {
-		events, err := l.events()
+		events, err := l.poll.wait(l.idle())
 		if err != nil {
 			l.shut(Failed)
 			l.readMail()
 			return fmt.Errorf("waiting for connections' events: %w", err)
 		}
 		l.now = time.Since(origin)
-		if l.poll.waited {
-			l.poll.waited, l.busy = false, l.now
-		}
 		for i := range events {
 			l.dispatch(token{events[i].Fd, events[i].Pad}, events[i].Events)
 		}
@@ -120,40 +116,29 @@ func (l *loop) run() error {
 	}
 }
 
-func (l *loop) events() ([]unix.EpollEvent, error) {
-	if l.now-l.busy > restAfter {
-		l.busy = l.now
-		if err := l.poll.rest(); err != nil {
-			return nil, err
-		}
-	}
+// idle returns for how long there is nothing to do without an event; negative: for ever.
+func (l *loop) idle() time.Duration {
 	if len(l.again) > 0 {
-		return l.poll.look()
+		return 0
 	}
-	return l.poll.wait(l.until())
-}
-
-// until returns when the loop has something to do without an event; zero: never.
-func (l *loop) until() time.Time {
 	at := time.Duration(-1)
 	earlier := func(due time.Duration) {
 		if at < 0 || due < at {
 			at = due
 		}
 	}
-	if t := l.racing.first; t != nil {
-		earlier(t.due)
-	}
-	if t := l.halfClosed.first; t != nil {
-		earlier(t.due)
+	for _, q := range []*timers{&l.racing, &l.settling, &l.halfClosed} {
+		if t := q.first; t != nil {
+			earlier(t.due)
+		}
 	}
 	if l.listener >= 0 && !l.watched {
 		earlier(l.resumeAt)
 	}
 	if at < 0 {
-		return time.Time{}
+		return at
 	}
-	return origin.Add(at)
+	return max(at-time.Since(origin), 0)
 }
 
 func (l *loop) dispatch(t token, events uint32) {
@@ -194,25 +179,25 @@ func (l *loop) resume(s *session) {
 	}
 }
 
-// catchUp goes on with sessions that had more to do.
+// catchUp goes on with sessions that had more to do, as many as one turn may be long for.
 func (l *loop) catchUp() {
-	again := l.again
-	l.again = nil
-	for _, s := range again {
+	turn := min(len(l.again), againMost)
+	for _, s := range l.again[:turn] {
 		s.queued = false
 		if s.phase == relaying {
-			l.relay(s)
+			l.relay(s) // which may put it at the end of the queue
 		}
 	}
-	if l.again == nil {
-		l.again = again[:0]
-	}
+	l.again = slices.Delete(l.again, 0, turn)
 }
 
 // expire does what is due.
 func (l *loop) expire() {
 	for s := l.racing.next(l.now); s != nil; s = l.racing.next(l.now) {
 		l.silence(s)
+	}
+	for s := l.settling.next(l.now); s != nil; s = l.settling.next(l.now) {
+		l.settle(s)
 	}
 	for s := l.halfClosed.next(l.now); s != nil; s = l.halfClosed.next(l.now) {
 		l.end(s, HalfClosedTimeout)

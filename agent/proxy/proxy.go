@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -202,7 +201,7 @@ func (p *Proxy) startLoops() error {
 	if p.loops != nil {
 		return nil
 	}
-	for range loopsOf(runtime.GOMAXPROCS(0)) {
+	for range loopsOf(processors()) {
 		l, err := newLoop(p)
 		if err != nil {
 			for _, l := range p.loops {
@@ -213,8 +212,10 @@ func (p *Proxy) startLoops() error {
 		}
 		p.loops = append(p.loops, l)
 	}
+	addThreads(len(p.loops))
 	for _, l := range p.loops {
 		p.running.Go(func() {
+			defer addThreads(-1)
 			if err := l.run(); err != nil {
 				select {
 				case p.failed <- err:
@@ -264,18 +265,10 @@ func (p *Proxy) closeListener() {
 // Flows returns the clients that have a connection to one local address, such as a VIP,
 // in no order.
 func (p *Proxy) Flows(local netip.Addr) []netip.AddrPort {
-	var mu sync.Mutex
-	var flows []netip.AddrPort
-	onAll(p.started(), func(l *loop) {
-		mu.Lock()
-		defer mu.Unlock()
-		for _, s := range l.sessions {
-			if s.phase != unused && s.localEnd().Addr() == local {
-				flows = append(flows, s.from)
-			}
-		}
-	})
-	return flows
+	loops := p.started()
+	found := make([][]netip.AddrPort, len(loops))
+	onAll(loops, func(l *loop) { found[slices.Index(loops, l)] = l.flows(local) })
+	return slices.Concat(found...)
 }
 
 // Drain waits until no connection is left, or ctx ends; then it returns the cause. It
@@ -325,14 +318,29 @@ func (p *Proxy) enter(from netip.AddrPort) Cause {
 	p.accepted.Add(1)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if cause := p.full(from.Addr()); cause != 0 {
+		return cause
+	}
+	p.count(from)
+	return 0
+}
+
+// Full returns Limit or ClientLimit where a connection of a client would be refused now
+// because of Config.Limits; 0: it would not.
+func (p *Proxy) Full(client netip.Addr) Cause {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.full(client)
+}
+
+func (p *Proxy) full(client netip.Addr) Cause {
 	limits := p.cfg.Limits
 	if limits.Connections > 0 && p.active >= limits.Connections {
 		return Limit
 	}
-	if limits.PerClient > 0 && p.clients[from.Addr()] >= limits.PerClient {
+	if limits.PerClient > 0 && p.clients[client] >= limits.PerClient {
 		return ClientLimit
 	}
-	p.count(from)
 	return 0
 }
 

@@ -657,16 +657,31 @@ func TestResetsArePassedOn(t *testing.T) {
 func TestAcceptSurvives(t *testing.T) {
 	p := start(t, nil, three(t, echo)...)
 	mustName(t, dial(t, p, "")) // so that the network is set up
-	waiting := dialWithoutDescriptors(t, p)
+	waiting := dialWithDescriptors(t, p, 0, func() bool { return p.Stats().AcceptErrors > 0 })
 	mustName(t, waiting)
 	if p.Stats().AcceptErrors == 0 {
 		t.Error("no error was met")
 	}
 }
 
-// dialWithoutDescriptors connects to the proxy while the process has no descriptor
-// left, and gives them back once an accept has failed.
-func dialWithoutDescriptors(t *testing.T, p *Proxy) net.Conn {
+// What the proxy itself is short of is not held against a backend.
+func TestShortageIsNoFailureOfBackends(t *testing.T) {
+	p := start(t, nil, three(t, echo)...)
+	mustName(t, dial(t, p, ""))
+	failed := func() bool { return p.Stats().Ended[Failed] > 0 }
+	if _, err := dialWithDescriptors(t, p, 1, failed).Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("got %v, want a reset", err)
+	}
+	for _, b := range p.Stats().Backends {
+		if b.Failures > 0 {
+			t.Errorf("%s is said to have failed", b.Name)
+		}
+	}
+}
+
+// dialWithDescriptors connects to the proxy while the process has so many descriptors
+// left, and gives the others back once the want of them has shown.
+func dialWithDescriptors(t *testing.T, p *Proxy, left int, shown func() bool) net.Conn {
 	t.Helper()
 	var before syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
@@ -679,7 +694,7 @@ func dialWithoutDescriptors(t *testing.T, p *Proxy) net.Conn {
 	file := os.NewFile(uintptr(fd), "client")
 	defer file.Close()
 	few := before
-	few.Cur = uint64(fd) + 1
+	few.Cur = uint64(fd + 1 + left)
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &few); err != nil {
 		t.Fatal(err)
 	}
@@ -696,10 +711,14 @@ func dialWithoutDescriptors(t *testing.T, p *Proxy) net.Conn {
 			spare = append(spare, s)
 		}
 	}
+	for ; left > 0; left-- {
+		syscall.Close(spare[len(spare)-1])
+		spare = spare[:len(spare)-1]
+	}
 	if err := syscall.Connect(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: int(p.Port())}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "an accept has failed", func() bool { return p.Stats().AcceptErrors > 0 })
+	eventually(t, "there were too few descriptors", shown)
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &before); err != nil {
 		t.Fatal(err)
 	}
@@ -715,6 +734,11 @@ func dialWithoutDescriptors(t *testing.T, p *Proxy) net.Conn {
 func TestSocketOptions(t *testing.T) {
 	p := start(t, nil, serve(t, "127.0.0.11:0", echo))
 	mustName(t, dial(t, p, ""))
+	eventually(t, "the session is not a short one", func() bool {
+		var settling atomic.Bool
+		onAll(p.started(), func(l *loop) { settling.CompareAndSwap(false, l.settling.first != nil) })
+		return !settling.Load()
+	})
 	onAll(p.started(), func(l *loop) {
 		for _, s := range l.sessions {
 			for side, fd := range map[string]int{"client": s.client.fd, "server": s.server.fd} {

@@ -16,8 +16,8 @@ const (
 	// copying is cheaper.
 	bulkyLeast = 16 << 10
 	// budget is how many bytes one direction of a session moves before others have their
-	// turn: some 100 µs.
-	budget = 1 << 20
+	// turn: some 50 µs.
+	budget = 256 << 10
 )
 
 // relay moves what can be moved in both directions, and ends the session when nothing
@@ -40,6 +40,7 @@ func (l *loop) relay(s *session) {
 	}
 	switch {
 	case hungry:
+		l.passEnds(s)
 		l.resume(s)
 	case s.client.broken != 0:
 		l.end(s, causeOf(s.client.broken, causesOfClient))
@@ -48,20 +49,33 @@ func (l *loop) relay(s *session) {
 	case s.up.ended && s.up.clean() && s.down.ended && s.down.clean():
 		l.end(s, s.endedBy)
 	default:
-		l.passEnd(s, &s.up, &s.server)
-		l.passEnd(s, &s.down, &s.client)
+		l.passEnds(s)
 	}
+}
+
+func (l *loop) passEnds(s *session) {
+	l.passEnd(s, &s.up, &s.server)
+	l.passEnd(s, &s.down, &s.client)
 }
 
 // passEnd passes the end of one direction on, when all that came before it has been.
 func (l *loop) passEnd(s *session, h *half, sink *socket) {
-	if !h.ended || h.passed || !h.clean() {
+	if !h.ended || h.passed || !h.clean() || sink.broken != 0 {
 		return
 	}
 	h.passed = true
-	l.halfClosed.start(s, l.now)
+	if s.timer.of != &l.settling { // else that comes first
+		l.boundHalfClosed(s)
+	}
 	if errno := endOutput(sink.fd); errno != 0 {
 		sink.broken = errno // the connection has been reset; its event is on the way
+	}
+}
+
+// boundHalfClosed bounds how long a session stays of which one direction has ended.
+func (l *loop) boundHalfClosed(s *session) {
+	if s.up.passed || s.down.passed {
+		l.halfClosed.start(s, l.now)
 	}
 }
 
@@ -113,7 +127,10 @@ func (l *loop) fill(h *half, source *socket) (n int) {
 			l.pipes.give(h.pipe)
 			h.pipe = nil
 		}
-	} else {
+	}
+	// At the mark of urgent data a splice says the same as at the end (net/ipv4/tcp.c,
+	// tcp_read_sock): only a read tells which it is.
+	if h.pipe == nil && (n == 0 && errno == 0 || source.eager && errno == unix.EAGAIN) {
 		n, errno = receive(source.fd, l.scratch[:])
 		h.bulky = n == len(l.scratch)
 		if n > 0 {

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/hamesh/hamesh/agent/health"
 )
 
@@ -229,6 +231,47 @@ func TestHalfClosedSessionsEnd(t *testing.T) {
 		t.Errorf("got %v, want a reset", err)
 	}
 	eventually(t, "the cause is counted", func() bool { return p.Stats().Ended[HalfClosedTimeout] == 1 })
+}
+
+// Urgent data in the middle of what is spliced is left out, as by any reader that does not
+// ask for it (tcp(7)); nothing else is, and nothing waits.
+func TestUrgentData(t *testing.T) {
+	const before, after = 512 << 10, 96 << 10
+	p := start(t, nil, serve(t, "127.0.0.11:0", func(conn *net.TCPConn) {
+		buf := make([]byte, before+after)
+		for {
+			if _, err := io.ReadFull(conn, buf); err != nil {
+				return
+			}
+			if _, err := conn.Write(buf[:1]); err != nil {
+				return
+			}
+		}
+	}))
+	conn := dial(t, p, "")
+	mustName(t, conn)
+	conn.SetDeadline(time.Now().Add(20 * time.Second))
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 50 {
+		_, err := conn.Write(make([]byte, before))
+		var sent error
+		errOfRaw := raw.Write(func(fd uintptr) bool {
+			sent = unix.Sendto(int(fd), []byte{'!'}, unix.MSG_OOB|unix.MSG_DONTWAIT, nil)
+			return sent != unix.EAGAIN
+		})
+		if err == nil {
+			_, err = conn.Write(make([]byte, after))
+		}
+		if err == nil {
+			_, err = io.ReadFull(conn, make([]byte, 1))
+		}
+		if err := errors.Join(err, sent, errOfRaw); err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+	}
 }
 
 // A session that moves much leaves others their turn.

@@ -162,8 +162,21 @@ func (p *Proxy) retire(b *backend) {
 	}
 	b.state.Store(int32(health.Draining))
 	if p.cfg.DrainTimeout > 0 && !p.closed {
-		b.drain = time.AfterFunc(p.cfg.DrainTimeout, func() { p.reset(b, DrainTimeout, p.started()) })
+		p.startDrain(b)
 	}
+}
+
+// startDrain bounds how long a backend's connections live; p.mu is held.
+func (p *Proxy) startDrain(b *backend) {
+	var timer *time.Timer
+	timer = time.AfterFunc(p.cfg.DrainTimeout, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if b.drain == timer { // else it was stopped just now
+			p.reset(b, DrainTimeout, p.loops)
+		}
+	})
+	b.drain = timer
 }
 
 // stopDrain lets a backend's connections live; p.mu is held.

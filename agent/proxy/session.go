@@ -156,6 +156,17 @@ func (l *loop) resetAll(b *backend, cause Cause) {
 	}
 }
 
+// flows returns the clients that have a connection to a local address.
+func (l *loop) flows(local netip.Addr) []netip.AddrPort {
+	found := make([]netip.AddrPort, 0, len(l.sessions)-len(l.free))
+	for _, s := range l.sessions {
+		if s.phase != unused && s.localEnd().Addr() == local {
+			found = append(found, s.from)
+		}
+	}
+	return found
+}
+
 // localEnd returns where the client connected to.
 func (s *session) localEnd() netip.AddrPort {
 	if !s.local.IsValid() {

@@ -15,8 +15,10 @@ import (
 // goneAfter is how long a peer that does not answer is waited for.
 const goneAfter = 30 * time.Second
 
-// options are set on both sockets of a session: on those of backends one by one, while
-// those of clients have them from the socket that listens.
+// options are set on both sockets of a session. Those of clients have them from the socket
+// that listens. Those of backends have the first one from the start, and the others, which
+// are about what takes seconds, once a session has lasted for settleAfter: most of the many
+// short ones never need them.
 //
 // Keep-alive notices a silent peer's death within goneAfter on an idle connection. There
 // is no other limit on idleness: a watch may be silent for hours. The user timeout makes
@@ -137,14 +139,10 @@ func connectTo(to *target) (int, syscall.Errno) {
 	if errno != 0 {
 		return -1, errno
 	}
-	for _, o := range options {
-		value := int32(o.value)
-		_, _, errno = unix.RawSyscall6(unix.SYS_SETSOCKOPT, s, uintptr(o.level), uintptr(o.name),
-			uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
-		if errno != 0 {
-			break
-		}
-	}
+	noDelay := options[0]
+	value := int32(noDelay.value)
+	_, _, errno = unix.RawSyscall6(unix.SYS_SETSOCKOPT, s, uintptr(noDelay.level), uintptr(noDelay.name),
+		uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
 	if errno == 0 {
 		_, _, errno = unix.RawSyscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&to.raw)), to.length)
 	}
