@@ -76,6 +76,7 @@ func (a *Agent) samples() (all []metrics.Sample) {
 			gauge(metrics.BackendConnections, "Established connections through this node.", float64(b.Established), "proxy", name, "backend", b.Name)
 			total(metrics.BackendTotal, "Connections ever relayed to the backend.", b.Total, "proxy", name, "backend", b.Name)
 			total(metrics.BackendFailures, "Attempts to connect that failed.", b.Failures, "proxy", name, "backend", b.Name)
+			total(metrics.BackendOutrun, "Connections that another backend answered sooner, and got.", b.Outrun, "proxy", name, "backend", b.Name)
 			total(metrics.BackendSent, "Bytes from clients to the backend.", b.Sent, "proxy", name, "backend", b.Name)
 			total(metrics.BackendReceived, "Bytes from the backend to clients.", b.Received, "proxy", name, "backend", b.Name)
 		}

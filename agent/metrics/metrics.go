@@ -28,6 +28,7 @@ const (
 	BackendConnections = "hamesh_backend_connections"            // established through this node
 	BackendTotal       = "hamesh_backend_connections_total"      // ever
 	BackendFailures    = "hamesh_backend_connect_failures_total" // attempts refused or unanswered
+	BackendOutrun      = "hamesh_backend_outrun_total"           // left to another one that answered sooner
 	BackendSent        = "hamesh_backend_sent_bytes_total"       // from clients to the backend
 	BackendReceived    = "hamesh_backend_received_bytes_total"   // from the backend to clients
 	CheckSeconds       = "hamesh_backend_check_seconds"          // duration of own checks

@@ -29,8 +29,10 @@ type backend struct {
 	// Times since origin, in nanoseconds. It is tried after others until shunned, and
 	// gets its clients back one by one from rising on; 0: it has them all.
 	shunned, rising atomic.Int64
+	// As shunned, for another reason: that it accepts connections proves nothing.
+	muted atomic.Int64
 
-	sent, received, total, failures atomic.Uint64
+	sent, received, total, failures, outrun atomic.Uint64
 
 	// Guarded by Proxy.mu.
 	drain *time.Timer // ends its sessions; nil: not running
@@ -49,6 +51,11 @@ func (p *Proxy) backend(name string) *backend {
 
 // State returns the state as of the last SetBackends.
 func (b *backend) State() health.State { return health.State(b.state.Load()) }
+
+// avoided reports whether others are tried before it.
+func (b *backend) avoided(now time.Duration) bool {
+	return time.Duration(max(b.shunned.Load(), b.muted.Load())) > now
+}
 
 // ramp returns which share of its clients a backend gets as yet.
 func (b *backend) ramp(now, slowStart time.Duration) float64 {
@@ -94,6 +101,7 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		b.rising.Store(0)
 		if state == health.Up {
 			b.shunned.Store(0)
+			b.muted.Store(0)
 			if others > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
 				b.rising.Store(int64(time.Since(origin)))
 			}

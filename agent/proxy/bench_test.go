@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -35,6 +36,7 @@ func benchmarked(b *testing.B, handle func(net.Conn)) string {
 	}()
 	p, err := New(Config{Name: "bench", OnDown: OnDownClose, Backends: []Backend{
 		{Name: "a", Address: netip.MustParseAddrPort(listener.Addr().String())},
+		{Name: "spare", Address: netip.MustParseAddrPort("127.0.0.1:1")},
 	}})
 	if err != nil {
 		b.Fatal(err)
@@ -42,7 +44,7 @@ func benchmarked(b *testing.B, handle func(net.Conn)) string {
 	if err := p.Listen(); err != nil {
 		b.Fatal(err)
 	}
-	p.SetBackends(map[string]health.State{"a": health.Up})
+	p.SetBackends(map[string]health.State{"a": health.Up, "spare": health.Disabled})
 	ended := make(chan error, 1)
 	go func() { ended <- p.Run(context.Background()) }()
 	b.Cleanup(func() {
@@ -72,11 +74,18 @@ func processor(b *testing.B) func() {
 
 // BenchmarkConnection makes a connection, asks, is answered, and ends it.
 func BenchmarkConnection(b *testing.B) {
+	b.Run("64 bytes", func(b *testing.B) { benchmarkConnection(b, make([]byte, 64)) })
+	// Kept in case the server does not answer.
+	b.Run("ClientHello", func(b *testing.B) { benchmarkConnection(b, hello(b, nil)) })
+}
+
+func benchmarkConnection(b *testing.B, first []byte) {
 	address := benchmarked(b, answer)
+	b.ReportAllocs()
 	defer processor(b)()
 	b.SetParallelism(32)
 	b.RunParallel(func(pb *testing.PB) {
-		buf := make([]byte, 64)
+		buf := bytes.Clone(first)
 		for pb.Next() {
 			conn, err := net.Dial("tcp", address)
 			if err != nil {

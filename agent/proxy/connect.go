@@ -28,8 +28,9 @@ var (
 	// ErrLoop says that a backend's address is the proxy itself, so that a connection
 	// would go round and round.
 	ErrLoop = errors.New("the backend's address is this proxy")
-	// ErrSilent says that a backend has not answered for a tenth of a second. The attempt
-	// goes on, and others are begun beside it.
+	// ErrSilent says that a backend has not answered for a tenth of a second: a connect,
+	// which goes on while others are begun beside it, or, though it accepts connections,
+	// any client.
 	ErrSilent = errors.New("no answer yet")
 )
 
@@ -46,6 +47,7 @@ type attempt struct {
 	fd      int
 	side    int
 	began   time.Duration
+	asked   bool // it is a rival's, and the client's first bytes have been sent
 }
 
 // classes are the states of backends that are tried, the best first. One class is tried
@@ -90,7 +92,7 @@ func (l *loop) next(s *session) *backend {
 		if s.search.tried&(1<<b.index) == 0 && b.State() == classes[s.search.class] {
 			l.candidates = append(l.candidates, affinity.Candidate{
 				Backend: b.ranked, Load: int(b.load.Load()), Ramp: b.ramp(l.now, l.proxy.cfg.SlowStart),
-				Avoid: time.Duration(b.shunned.Load()) > l.now,
+				Avoid: b.avoided(l.now),
 			})
 			l.among = append(l.among, b)
 		}
@@ -118,7 +120,7 @@ func (l *loop) try(s *session, b *backend) error {
 		return err
 	}
 	b.load.Add(1)
-	s.search.attempts = append(s.search.attempts, attempt{b, fd, side, l.now})
+	s.search.attempts = append(s.search.attempts, attempt{backend: b, fd: fd, side: side, began: l.now})
 	return nil
 }
 
@@ -131,7 +133,7 @@ func isShortage(err error) bool {
 
 // answered takes an event of an attempt.
 func (l *loop) answered(s *session, side int, events uint32) {
-	i := slices.IndexFunc(s.search.attempts, func(a attempt) bool { return a.side == side })
+	i := s.attempt(side)
 	if i < 0 {
 		return
 	}
@@ -150,9 +152,7 @@ func (l *loop) answered(s *session, side int, events uint32) {
 	}
 	if state := a.backend.State(); l.proxy.resets(state) && state != classes[s.search.class] {
 		// It has come into that state while this attempt was under way.
-		s.search.attempts = slices.Delete(s.search.attempts, i, i+1)
-		abort(a.fd)
-		a.backend.load.Add(-1)
+		l.drop(s, i)
 		l.advance(s)
 		return
 	}
@@ -163,23 +163,50 @@ func (l *loop) answered(s *session, side int, events uint32) {
 func (l *loop) won(s *session, i int, events uint32) {
 	a := s.search.attempts[i]
 	l.dropAttempts(s, i)
-	l.settling.start(s, l.now)
-	s.phase, s.backend, s.connected = relaying, a.backend, l.now
-	s.server = socket{fd: a.fd, side: a.side, writable: true}
-	s.server.note(events)
-	l.proxy.connected(s, a, l.now)
-	if l.proxy.cfg.Greeting == GreetingV2 {
-		header := appendHeader(l.scratch[:0], s.from, s.localEnd())
+	l.aging.start(s, l.now)
+	if classes[s.search.class] != health.Up {
+		l.proxy.failedOpen.Add(1)
+	}
+	l.proxy.reached(a, l.now)
+	s.phase = relaying
+	l.join(s, a, events)
+	if header := l.greeting(s); len(header) > 0 {
 		// A new connection has room for it; if not, it is broken.
 		if n, errno := send(s.server.fd, header); n < len(header) {
 			s.server.broken = cmp.Or(errno, unix.ENOBUFS)
 		}
 	}
+	l.open(s)
 	l.relay(s)
 }
 
-// settle prepares a session that is not a short one for a long life.
-func (l *loop) settle(s *session) {
+// join makes an attempt's connection that of the session.
+func (l *loop) join(s *session, a attempt, events uint32) {
+	s.backend, s.connected = a.backend, l.now
+	s.server = socket{fd: a.fd, side: a.side, writable: true}
+	s.server.note(events)
+	a.backend.total.Add(1)
+	a.backend.established.Add(1)
+}
+
+// greeting returns what a backend is told before the client's bytes, in the loop's scratch
+// buffer.
+func (l *loop) greeting(s *session) []byte {
+	if l.proxy.cfg.Greeting != GreetingV2 {
+		return l.scratch[:0]
+	}
+	return appendHeader(l.scratch[:0], s.from, s.localEnd())
+}
+
+// drop ends one attempt.
+func (l *loop) drop(s *session, i int) {
+	abort(s.search.attempts[i].fd)
+	s.search.attempts[i].backend.load.Add(-1)
+	s.search.attempts = slices.Delete(s.search.attempts, i, i+1)
+}
+
+// aged prepares a session that is not a short one for a long life.
+func (l *loop) aged(s *session) {
 	if err := setOptions(s.server.fd); err != nil {
 		l.end(s, Failed)
 		return
@@ -200,6 +227,10 @@ func (l *loop) dropAttempts(s *session, but int) {
 
 // silence goes on with a session that no backend has answered for raceAfter.
 func (l *loop) silence(s *session) {
+	if s.phase == relaying {
+		l.contest(s)
+		return
+	}
 	late := l.now-s.began >= l.proxy.cfg.DialTimeout
 	for _, a := range s.search.attempts {
 		if late {
@@ -224,7 +255,5 @@ func (l *loop) refused(b *backend, err error) {
 // shun makes others come first for a while, and tells why.
 func (l *loop) shun(b *backend, err error) {
 	b.shunned.Store(int64(l.now + shunFor))
-	if l.proxy.cfg.OnConnectFailure != nil {
-		l.proxy.cfg.OnConnectFailure(b.Name, err)
-	}
+	l.proxy.tell(b, err)
 }

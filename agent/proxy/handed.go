@@ -152,7 +152,7 @@ func (l *loop) adopt(h HandedSession) {
 	}
 	s.up, s.down, s.endedBy = h.Up.half(), h.Down.half(), h.EndedBy
 	if s.phase == relaying {
-		l.settling.start(s, l.now) // it may not have come so far where it was
+		l.aging.start(s, l.now) // it may not have come so far where it was
 	}
 	err := l.poll.add(s.client.fd, watchSocket, s.token(sideClient))
 	if err == nil && s.phase == relaying {

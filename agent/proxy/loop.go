@@ -22,8 +22,8 @@ const (
 	// descriptors or memory; twice as long each time after, up to acceptPauseMost.
 	acceptPause     = 5 * time.Millisecond
 	acceptPauseMost = time.Second
-	// settleAfter is how long a session lasts that is not a short one.
-	settleAfter = time.Second
+	// agedAfter is how long a session lasts that is not a short one.
+	agedAfter = time.Second
 	// halfClosedFor bounds a session one direction of which has ended. A peer that has
 	// ended its own direction may well want an answer, but no API server takes an hour
 	// for one, and a peer that has forgotten the connection is one that keep-alive does
@@ -49,11 +49,12 @@ type loop struct {
 	free     []int32    // indices of unused ones
 	again    []*session // have more to do in the next turn
 
-	racing, settling, halfClosed timers
-	pipes                        pipes
-	scratch                      [scratchSize]byte
-	candidates                   []affinity.Candidate // of one choice, to save garbage
-	among                        []*backend
+	racing, aging, halfClosed timers
+	openings                  openings
+	pipes                     pipes
+	scratch                   [scratchSize]byte
+	candidates                []affinity.Candidate // of one choice, to save garbage
+	among                     []*backend
 
 	listener int           // -1: this loop accepts nothing
 	watched  bool          // listener is
@@ -74,7 +75,7 @@ func newLoop(p *Proxy) (*loop, error) {
 	}
 	return &loop{
 		proxy: p, poll: poll, listener: -1, now: time.Since(origin),
-		racing: timers{after: raceAfter}, settling: timers{after: settleAfter}, halfClosed: timers{after: halfClosedFor},
+		racing: timers{after: raceAfter}, aging: timers{after: agedAfter}, halfClosed: timers{after: halfClosedFor},
 	}, nil
 }
 
@@ -127,7 +128,7 @@ func (l *loop) idle() time.Duration {
 			at = due
 		}
 	}
-	for _, q := range []*timers{&l.racing, &l.settling, &l.halfClosed} {
+	for _, q := range []*timers{&l.racing, &l.aging, &l.halfClosed} {
 		if t := q.first; t != nil {
 			earlier(t.due)
 		}
@@ -161,6 +162,8 @@ func (l *loop) dispatch(t token, events uint32) {
 	case s.phase == relaying && side == s.server.side:
 		s.server.note(events)
 		l.relay(s)
+	case s.phase == relaying:
+		l.tend(s, side, events)
 	case s.phase == connecting && side == sideClient:
 		s.client.note(events)
 		if s.client.broken != 0 {
@@ -196,8 +199,8 @@ func (l *loop) expire() {
 	for s := l.racing.next(l.now); s != nil; s = l.racing.next(l.now) {
 		l.silence(s)
 	}
-	for s := l.settling.next(l.now); s != nil; s = l.settling.next(l.now) {
-		l.settle(s)
+	for s := l.aging.next(l.now); s != nil; s = l.aging.next(l.now) {
+		l.aged(s)
 	}
 	for s := l.halfClosed.next(l.now); s != nil; s = l.halfClosed.next(l.now) {
 		l.end(s, HalfClosedTimeout)

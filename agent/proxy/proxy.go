@@ -66,9 +66,9 @@ type Config struct {
 	Greeting      Greeting
 	Log           hclog.Logger // nil: no log
 	// OnConnectFailure, if set, is told of each attempt that a backend refused, left
-	// unanswered, or has not answered as yet (ErrSilent). OnConnect is told how long each
-	// attempt that succeeded took. Both are called by the goroutines that relay, and must
-	// not block.
+	// unanswered, or has not answered as yet, and of a backend that accepts connections and
+	// answers nobody (both ErrSilent). OnConnect is told how long each attempt that
+	// succeeded took. Both are called by the goroutines that relay, and must not block.
 	OnConnectFailure func(backend string, err error)
 	OnConnect        func(backend string, took time.Duration)
 }

@@ -735,9 +735,9 @@ func TestSocketOptions(t *testing.T) {
 	p := start(t, nil, serve(t, "127.0.0.11:0", echo))
 	mustName(t, dial(t, p, ""))
 	eventually(t, "the session is not a short one", func() bool {
-		var settling atomic.Bool
-		onAll(p.started(), func(l *loop) { settling.CompareAndSwap(false, l.settling.first != nil) })
-		return !settling.Load()
+		var young atomic.Bool
+		onAll(p.started(), func(l *loop) { young.CompareAndSwap(false, l.aging.first != nil) })
+		return !young.Load()
 	})
 	onAll(p.started(), func(l *loop) {
 		for _, s := range l.sessions {

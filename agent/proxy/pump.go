@@ -32,6 +32,9 @@ func (l *loop) relay(s *session) {
 	if s.client.broken == 0 {
 		hungry = l.pump(&s.down, &s.server, &s.client, &s.backend.received) || hungry
 	}
+	if s.up.opening != nil {
+		l.mind(s)
+	}
 	if s.endedBy == 0 && s.up.ended {
 		s.endedBy = ClientClosed
 	}
@@ -64,7 +67,7 @@ func (l *loop) passEnd(s *session, h *half, sink *socket) {
 		return
 	}
 	h.passed = true
-	if s.timer.of != &l.settling { // else that comes first
+	if s.timer.of != &l.aging { // else that comes first
 		l.boundHalfClosed(s)
 	}
 	if errno := endOutput(sink.fd); errno != 0 {
@@ -100,6 +103,9 @@ func (l *loop) pump(h *half, source, sink *socket, count *atomic.Uint64) bool {
 		n := l.fill(h, source)
 		if n == 0 {
 			return false
+		}
+		if h.opening != nil {
+			l.keep(h.opening, h.pending)
 		}
 		if h.pipe == nil {
 			written := l.flush(h, sink)

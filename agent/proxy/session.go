@@ -3,6 +3,7 @@ package proxy
 import (
 	"math/bits"
 	"net/netip"
+	"slices"
 	"syscall"
 	"time"
 
@@ -38,8 +39,9 @@ type session struct {
 	connected time.Duration  // when the backend accepted
 	endedBy   Cause          // whose direction ended first, once one has
 
-	search search
-	timer  timer
+	search  search
+	opening opening
+	timer   timer
 }
 
 // socket is one end of a session. The flags are what the kernel said last, which it says
@@ -57,12 +59,13 @@ type socket struct {
 
 // half is one direction of a session.
 type half struct {
-	pending []byte // has been read and not yet been written
-	pipe    *pipe  // holds what has been spliced, while there is some
-	bulky   bool   // so much comes that splicing pays
-	ended   bool   // the source has sent its FIN
-	passed  bool   // and it has been passed on
-	moved   uint64 // bytes written
+	pending []byte   // has been read and not yet been written
+	pipe    *pipe    // holds what has been spliced, while there is some
+	bulky   bool     // so much comes that splicing pays
+	ended   bool     // the source has sent its FIN
+	passed  bool     // and it has been passed on
+	moved   uint64   // bytes written
+	opening *opening // keeps what comes, until the other side has answered
 }
 
 // clean reports whether all that has been read has been written.
@@ -139,6 +142,7 @@ func (l *loop) forget(s *session) {
 		}
 	}
 	s.timer.stop()
+	l.openings.takeBack(&s.opening)
 	l.proxy.leave(s.from)
 	*s = session{
 		index: s.index, generation: s.generation + 1, queued: s.queued,
@@ -173,6 +177,11 @@ func (s *session) localEnd() netip.AddrPort {
 		s.local = localAddr(s.client.fd)
 	}
 	return s.local
+}
+
+// attempt returns the index of the attempt with a side; -1: it is over.
+func (s *session) attempt(side int) int {
+	return slices.IndexFunc(s.search.attempts, func(a attempt) bool { return a.side == side })
 }
 
 // tries returns how many backends have been tried.

@@ -17,7 +17,7 @@ const goneAfter = 30 * time.Second
 
 // options are set on both sockets of a session. Those of clients have them from the socket
 // that listens. Those of backends have the first one from the start, and the others, which
-// are about what takes seconds, once a session has lasted for settleAfter: most of the many
+// are about what takes seconds, once a session has lasted for agedAfter: most of the many
 // short ones never need them.
 //
 // Keep-alive notices a silent peer's death within goneAfter on an idle connection. There
@@ -155,6 +155,16 @@ func connectTo(to *target) (int, syscall.Errno) {
 
 func receive(fd int, buf []byte) (int, syscall.Errno) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)), 0, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}
+
+// peek returns 1 if there is something to receive, 0 at the end of the stream.
+func peek(fd int) (int, syscall.Errno) {
+	var first byte
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&first)), 1, unix.MSG_PEEK, 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}

@@ -28,6 +28,7 @@ type BackendStats struct {
 	Established int    // connections now
 	Total       uint64 // connections ever relayed
 	Failures    uint64 // attempts to connect that failed
+	Outrun      uint64 // connections that another backend has answered sooner, and got
 	Sent        uint64 // bytes from clients to the backend
 	Received    uint64 // bytes from the backend to clients
 }
@@ -55,6 +56,7 @@ func (p *Proxy) Stats() Stats {
 			Established: int(b.established.Load()),
 			Total:       b.total.Load(),
 			Failures:    b.failures.Load(),
+			Outrun:      b.outrun.Load(),
 			Sent:        b.sent.Load(),
 			Received:    b.received.Load(),
 		})
@@ -62,19 +64,20 @@ func (p *Proxy) Stats() Stats {
 	return stats
 }
 
-// connected counts a session that has come to its backend.
-func (p *Proxy) connected(s *session, a attempt, now time.Duration) {
-	b := a.backend
-	b.total.Add(1)
-	b.established.Add(1)
-	if b.shunned.Load() != 0 {
-		b.shunned.Store(0)
-	}
-	if classes[s.search.class] != health.Up {
-		p.failedOpen.Add(1)
+// reached notes that a backend has accepted.
+func (p *Proxy) reached(a attempt, now time.Duration) {
+	if a.backend.shunned.Load() != 0 {
+		a.backend.shunned.Store(0)
 	}
 	if p.cfg.OnConnect != nil {
-		p.cfg.OnConnect(b.Name, now-a.began)
+		p.cfg.OnConnect(a.backend.Name, now-a.began)
+	}
+}
+
+// tell tells that an attempt has failed, or that a backend is silent.
+func (p *Proxy) tell(b *backend, err error) {
+	if p.cfg.OnConnectFailure != nil {
+		p.cfg.OnConnectFailure(b.Name, err)
 	}
 }
 
