@@ -51,6 +51,8 @@ func buildVersion() string {
 const (
 	// handOverWithin is how long a stopping agent tries to hand its VIPs over.
 	handOverWithin = 5 * time.Second
+	// aloneEvery is how often the only member of a mesh reads its store.
+	aloneEvery = time.Second
 	// changesKept is how many changes may wait for a slow log; more are not logged.
 	changesKept = 1024
 )
@@ -200,9 +202,12 @@ func (a *Agent) openKernel() (err error) {
 	}
 	a.announcer = announce.New(a.log.Named("announce"), announce.Config{LeaseTTL: a.cfg.Timing.LeaseTTL})
 	a.keeper = newKeeper(a.kernel, a.managed, a.cfg.Timing.LeaseTTL, a.log)
+	var told sync.Map // VIP → ownership.AddressState
 	a.keeper.report = func(s ownership.AddressState) {
 		a.loop.post(a.ctx, s)
-		a.board.notify()
+		if was, _ := told.Swap(s.VIP, s); was != s { // a renewal is no news
+			a.board.notify()
+		}
 	}
 	a.openHanding()
 	a.keeper.take, a.keeper.give = a.handing.take, a.handing.give
@@ -307,8 +312,13 @@ func (a *Agent) openMesh() (err error) {
 	return err
 }
 
+// timing is the protocol's. A mesh of one member has nobody to hear it, and nobody else
+// writes what it reads: there the heartbeat only paces both.
 func (a *Agent) timing() ownership.Timing {
 	t := a.cfg.Timing
+	if len(a.cfg.Members) == 1 {
+		t.Heartbeat = max(t.Heartbeat, aloneEvery)
+	}
 	return ownership.Timing{Heartbeat: t.Heartbeat, HoldWindow: t.HoldWindow, SuspectAfter: t.SuspectAfter, LeaseTTL: t.LeaseTTL, Margin: t.Margin}
 }
 
@@ -376,7 +386,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.task("orders", a.orders.run)
 	a.task("events", a.events.run)
 	a.task("event teller", func(ctx context.Context) error { return a.teller.watch(ctx, a.Status, a.Changed) })
-	a.task("flows", a.flows.run)
+	if len(a.links) > 0 {
+		a.task("flows", a.flows.run)
+	}
 	for member, l := range a.links {
 		a.task(l.String(), l.Run)
 		a.task("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l.Mesh) })

@@ -34,7 +34,7 @@ type service struct {
 	// changed is called after the view or the own checks have changed.
 	changed func()
 	// reports is what this member's own checks say, for its heartbeats: no older than
-	// half a check interval, and as of now where a state has changed.
+	// a check, and as of now where a state has changed.
 	reports atomic.Pointer[[]*hameshv1.BackendReport]
 
 	mu       sync.Mutex
@@ -133,27 +133,6 @@ func (s *service) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// refresh brings the view up to date until ctx ends: reports of other members go stale
-// without anything happening.
-func (s *service) refresh(ctx context.Context, every time.Duration) {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			s.update(func(time.Duration) {})
-			s.mu.Lock()
-			blind := !s.blind.IsZero()
-			s.mu.Unlock()
-			if blind {
-				s.changed() // to be judged again
-			}
-		}
-	}
-}
-
 func (s *service) setServing(on bool) {
 	s.mu.Lock()
 	s.serving = on
@@ -206,8 +185,17 @@ func (s *service) unfit() string {
 	return ""
 }
 
+// observe takes the result of an own check, and with it the view as time has made it:
+// other members' reports go stale, and blindness becomes a reason, without anything
+// happening.
 func (s *service) observe(backend string, r health.Result) {
 	s.update(func(at time.Duration) { s.view.Observe(at, backend, r) })
+	s.mu.Lock()
+	blind := !s.blind.IsZero()
+	s.mu.Unlock()
+	if blind {
+		s.changed() // to be judged again
+	}
 }
 
 // hear takes what another member's heartbeat reports on this proxy's backends.

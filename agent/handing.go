@@ -64,6 +64,8 @@ type handing struct {
 	log  hclog.Logger
 
 	vips map[string]*handed // every VIP; the map itself never changes
+	// count and chain tick while something is kept, or forwarded.
+	count, chain *time.Ticker
 
 	mu sync.Mutex // held while the kernel is asked
 }
@@ -114,6 +116,9 @@ func (h *handing) forward(vip string, v *handed, to string) {
 	}
 	v.from, v.since = to, time.Now()
 	v.toldFrom.Store(&to)
+	if to != "" {
+		h.chain.Reset(chainLook)
+	}
 }
 
 // within runs f while nobody else changes anything, and returns when it is done, or when
@@ -147,6 +152,7 @@ func (h *handing) give(hold ownership.Hold) {
 		}
 		v.keptSince = time.Now()
 		v.told.Store(0)
+		h.count.Reset(drainLook)
 	})
 }
 
@@ -195,20 +201,17 @@ func (h *handing) run(ctx context.Context, owner func(vip string) string) error 
 	if h.kernel == nil {
 		return nil
 	}
-	count, chain := time.NewTicker(drainLook), time.NewTicker(chainLook)
-	defer count.Stop()
-	defer chain.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-count.C:
+		case <-h.count.C:
 			h.each(func(vip string, v *handed) {
 				if !v.keptSince.IsZero() {
 					h.lookKept(vip, v)
 				}
 			})
-		case <-chain.C:
+		case <-h.chain.C:
 			h.each(func(vip string, v *handed) {
 				h.lookChain(vip, v, owner(vip))
 			})
@@ -216,11 +219,21 @@ func (h *handing) run(ctx context.Context, owner func(vip string) string) error 
 	}
 }
 
+// each looks at every VIP, and ends the looking that no VIP needs any more.
 func (h *handing) each(look func(vip string, v *handed)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	kept, forwarded := false, false
 	for vip, v := range h.vips {
 		look(vip, v)
+		kept = kept || !v.keptSince.IsZero()
+		forwarded = forwarded || v.from != ""
+	}
+	if !kept {
+		h.count.Stop()
+	}
+	if !forwarded {
+		h.chain.Stop()
 	}
 }
 
@@ -290,7 +303,7 @@ func (a *Agent) openHanding() {
 			}
 			return netip.Addr{}
 		},
-		peer: a.keptBy,
+		peer: a.keptBy, count: time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
 	}
 	for _, v := range a.cfg.VIPs {
 		h.vips[v.Name] = &handed{}

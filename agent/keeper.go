@@ -118,8 +118,8 @@ func (k *keeper) run(ctx context.Context) error {
 	}
 	gens := make([]ownership.Hold, len(k.slots))
 	taken := make([]uint64, len(k.slots)) // generations for which take was called
-	renew := time.NewTicker(k.lifetime / 6)
-	defer renew.Stop()
+	due := func() <-chan time.Time { return time.After(k.now().UntilNext(k.lifetime / 6)) }
+	renew := due()
 	for {
 		for i, s := range k.slots {
 			s.mu.Lock()
@@ -141,7 +141,8 @@ func (k *keeper) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-k.wake:
-		case <-renew.C:
+		case <-renew:
+			renew = due() // begins now: what takes long does not put it off
 		}
 	}
 }

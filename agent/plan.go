@@ -130,8 +130,6 @@ func (s *service) check(ctx context.Context) error {
 		for _, p := range s.probes {
 			tasks.Go(func() { _ = p.Run(checking) }) // it returns nil
 		}
-		every := s.cfg.HealthCheck.Interval / 2
-		tasks.Go(func() { s.refresh(checking, every) })
 		var next *plan
 		select {
 		case <-ctx.Done():

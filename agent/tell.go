@@ -160,30 +160,25 @@ func (t *teller) watch(ctx context.Context, status func() *hameshv1.GetStatusRes
 	problems := problems{}
 	for {
 		next := changed()
-		now := status()
+		is := status()
 		if ctx.Err() != nil {
 			return nil // what an agent that ends sees is no news
 		}
-		if sees(now) {
+		if sees(is) {
 			if was == nil {
-				was = well(now)
+				was = well(is)
 			}
-			for _, event := range append(differences(was, now), problems.look(t.self, now.GetProblems(), time.Now())...) {
+			for _, event := range append(differences(was, is), problems.look(t.self, is.GetProblems(), time.Now())...) {
 				t.record(event)
 			}
-			was = now
+			was = is
 		}
-		for _, c := range []<-chan struct{}{nil, next} {
-			limit := lookPause
-			if c != nil {
-				limit = lookEvery
-			}
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-c:
-			case <-time.After(limit):
-			}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(now().UntilNext(lookEvery)):
+		case <-next:
+			time.Sleep(lookPause)
 		}
 	}
 }

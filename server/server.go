@@ -31,6 +31,8 @@ const (
 	// watchLook is how often a watcher looks for what nobody reports, such as the number of
 	// connections.
 	watchLook = time.Second
+	// window is how many bytes a caller may have under way before some were read.
+	window = 1 << 20
 )
 
 // StatusSource knows the mesh as this member sees it.
@@ -139,6 +141,9 @@ func New(options Options, status StatusSource, events EventSource, control Contr
 		grpc.ChainStreamInterceptor(append(slices.Clone(options.StreamInterceptors), s.interceptStream)...),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxSendMsgSize(maxMessage),
+		// A window that gRPC finds out for itself costs a ping for each heartbeat.
+		grpc.StaticStreamWindowSize(window),
+		grpc.StaticConnWindowSize(window),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
 	)

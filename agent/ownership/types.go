@@ -17,6 +17,12 @@ func (t Instant) Add(d time.Duration) Instant { return t + Instant(d) }
 // Sub returns the time from u to t.
 func (t Instant) Sub(u Instant) time.Duration { return time.Duration(t - u) }
 
+// UntilNext is the time from t to the next whole multiple of every, at most that. What a
+// process does now and then, it does at such instants, so that it wakes up once for all.
+func (t Instant) UntilNext(every time.Duration) time.Duration {
+	return every - time.Duration(t)%every
+}
+
 // String prints the instant as a duration since the origin.
 func (t Instant) String() string { return time.Duration(t).String() }
 

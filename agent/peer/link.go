@@ -27,6 +27,8 @@ const (
 	firstAckWithin = 3 * time.Second
 	// minPause and maxPause lie between two sessions.
 	minPause, maxPause = 50 * time.Millisecond, 250 * time.Millisecond
+	// window is how many bytes may be under way before the other side must have read some.
+	window = 1 << 20
 )
 
 // Config says whom to call, and how.
@@ -140,7 +142,10 @@ func (l *Link) session(ctx context.Context) (acked bool, err error) {
 		grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			return dialer.DialContext(ctx, "tcp", address)
-		}))
+		}),
+		// To find the best window gRPC sends a ping along with what it receives, which
+		// doubles the packets of heartbeats.
+		grpc.WithStaticStreamWindowSize(window), grpc.WithStaticConnWindowSize(window))
 	if err != nil {
 		return false, fmt.Errorf("make a client: %w", err)
 	}

@@ -51,7 +51,7 @@ type Config struct {
 	// Header: a header of the PROXY protocol comes first, that says that the connection
 	// is the checker's own (doc/proxy-protocol.txt of HAProxy, section 2.2, LOCAL).
 	Header   bool
-	Interval time.Duration // from the start of one check to the next, spread by a tenth either way
+	Interval time.Duration // from the start of one check to the next, see pace
 	Timeout  time.Duration // of the whole check: connect, handshake and answer
 	Rise     int           // successes in a row that make it up
 	Fall     int           // failures in a row that make it down
@@ -141,13 +141,13 @@ func (p *Probe) Hurry() {
 
 // wait returns true when the next check is due, false when ctx has ended.
 func (p *Probe) wait(ctx context.Context, started time.Time) bool {
-	// Spread, so that the checks of all nodes do not keep hitting a server together.
-	interval := time.Duration(float64(p.cfg.Interval) * (0.9 + 0.2*rand.Float64()))
+	interval := p.cfg.Interval
 	if p.count.Doubtful() {
 		interval /= 2
 	}
+	due := started.Add(pace(started, interval))
 	hurry := p.hurry
-	timer := time.NewTimer(time.Until(started.Add(interval)))
+	timer := time.NewTimer(time.Until(due))
 	defer timer.Stop()
 	for {
 		select {
@@ -155,11 +155,23 @@ func (p *Probe) wait(ctx context.Context, started time.Time) bool {
 			return false
 		case <-hurry:
 			hurry = nil
-			timer.Reset(min(time.Until(started.Add(interval)), time.Until(started.Add(p.cfg.Interval/2))))
+			timer.Reset(min(time.Until(due), time.Until(started.Add(p.cfg.Interval/2))))
 		case <-timer.C:
 			return true
 		}
 	}
+}
+
+// tempo is this process' own, in thousandths of the configured interval, so that the checks
+// of all nodes do not keep hitting a server together.
+var tempo = time.Duration(900 + rand.IntN(201))
+
+// pace is the time to the next check: up to 1.1 intervals, and half of that at least.
+// All checks of this process fall into the same step, so that they wake it up once
+// for all backends, not once for each: at rest that is most of what they cost.
+func pace(started time.Time, interval time.Duration) time.Duration {
+	step := interval * tempo / 1000
+	return step - time.Duration(started.UnixNano())%(step/2)
 }
 
 // answer is how one check ended.

@@ -196,9 +196,9 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-// pace runs a probe on a false clock against answers, and returns when each check
+// timed runs a probe on a false clock against answers, and returns when each check
 // began.
-func pace(t *testing.T, took time.Duration, answers []error, after func(p *Probe, n int)) []time.Duration {
+func timed(t *testing.T, took time.Duration, answers []error, after func(p *Probe, n int)) []time.Duration {
 	var began []time.Duration
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -247,24 +247,43 @@ func TestPace(t *testing.T) {
 	const ms = time.Millisecond
 	t.Run("at once, then at intervals", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			began := pace(t, 300*ms, make([]error, 50), nil)
+			began := timed(t, 300*ms, make([]error, 50), nil)
 			if began[0] != 0 {
 				t.Errorf("the first check began after %v", began[0])
 			}
-			gaps := map[time.Duration]bool{}
-			for i := 1; i < len(began); i++ {
+			within(t, began, 1, 450*ms, 1100*ms)
+			for i := 2; i < len(began); i++ {
 				within(t, began, i, 900*ms, 1100*ms)
-				gaps[began[i]-began[i-1]] = true
 			}
-			if len(gaps) < 40 {
-				t.Errorf("only %d different gaps of %d", len(gaps), len(began)-1)
+		})
+	})
+	t.Run("all in step", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			started := time.Now()
+			var began [2][]time.Duration
+			var both sync.WaitGroup
+			for i := range began {
+				time.Sleep(time.Duration(i) * 170 * ms)
+				late := time.Since(started)
+				both.Go(func() {
+					for _, at := range timed(t, 10*ms, make([]error, 9), nil) {
+						began[i] = append(began[i], late+at)
+					}
+				})
+			}
+			both.Wait()
+			// Two steps an interval: what begins late may fall into the other one.
+			half := tempo * ms / 2
+			apart := (began[1][5] - began[0][5]) % half
+			if min(apart, half-apart) > ms {
+				t.Errorf("checks of one process are %v apart: %v", apart, began)
 			}
 		})
 	})
 	t.Run("faster in doubt", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			began := pace(t, 10*ms, []error{nil, bad, bad, nil, nil, nil}, nil)
-			within(t, began, 1, 900*ms, 1100*ms)
+			began := timed(t, 10*ms, []error{nil, bad, bad, nil, nil, nil}, nil)
+			within(t, began, 1, 450*ms, 1100*ms)
 			within(t, began, 2, 450*ms, 550*ms)
 			within(t, began, 3, 900*ms, 1100*ms)
 			within(t, began, 4, 450*ms, 550*ms)
@@ -273,23 +292,23 @@ func TestPace(t *testing.T) {
 	})
 	t.Run("before the end of one that takes long", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			began := pace(t, 800*ms, []error{nil, bad, bad, bad, bad}, nil)
+			began := timed(t, 800*ms, []error{nil, bad, bad, bad, bad}, nil)
 			within(t, began, 2, 400*ms, 400*ms)
-			within(t, began, 3, 900*ms, 1100*ms) // it is down: one at a time
-			within(t, began, 4, 900*ms, 1100*ms)
+			within(t, began, 3, 450*ms, 1100*ms) // it is down: one at a time
+			within(t, began, 4, 800*ms, 1100*ms)
 		})
 	})
 	t.Run("in a hurry", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			began := pace(t, 10*ms, make([]error, 4), func(p *Probe, n int) {
+			began := timed(t, 10*ms, make([]error, 4), func(p *Probe, n int) {
 				if n == 2 {
 					p.Hurry()
 					p.Hurry()
 				}
 			})
-			within(t, began, 1, 900*ms, 1100*ms)
+			within(t, began, 1, 450*ms, 1100*ms)
 			within(t, began, 2, 500*ms, 500*ms)
-			within(t, began, 3, 900*ms, 1100*ms)
+			within(t, began, 3, 450*ms, 1100*ms)
 		})
 	})
 }

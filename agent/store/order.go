@@ -119,6 +119,7 @@ func (s *Store) Give(ctx context.Context, wish Wish) (revision int64, changed bo
 	for {
 		revision, changed, done, err := s.give(own, wish)
 		if done || err != nil {
+			s.hurry()
 			return revision, changed, err
 		}
 		// Another order came between: look again.

@@ -53,6 +53,22 @@ func always(request string, writes map[Subject]*Order) Wish {
 		Judge: func(Orders) (map[Subject]*Order, error) { return writes, nil }}
 }
 
+// Who is asked for an order reads it at once, however seldom it polls.
+func TestOrderIsReadAtOnce(t *testing.T) {
+	m := newMesh(t, 1, nil)
+	heard := &heardOrders{}
+	m.boot++
+	cfg := m.config(0)
+	cfg.OnOrders, cfg.Poll = heard.hear, time.Hour
+	m.nodes[0] = run(t, cfg)
+	order := Order{State: "drained", By: "alice", At: at}
+	await(t, "answer", func() bool {
+		_, _, err := m.nodes[0].store.Give(t.Context(), always("r1", map[Subject]*Order{drained: &order}))
+		return err == nil
+	})
+	await(t, "the order", func() bool { return cmp.Equal(heard.newest(), map[Subject]Order{drained: order}) })
+}
+
 func TestOrders(t *testing.T) {
 	m := newMesh(t, 3, nil)
 	heard := make([]*heardOrders, 3)

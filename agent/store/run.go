@@ -170,13 +170,16 @@ func (s *Store) keepLease(ctx context.Context, eng engine) error {
 
 // renewLease returns nil when the store knows the lease no more.
 func (s *Store) renewLease(ctx context.Context, eng engine, lease clientv3.LeaseID) error {
-	tick := time.NewTicker(max(s.cfg.LeaseTTL/6, 100*time.Millisecond))
-	defer tick.Stop()
+	due := func() <-chan time.Time {
+		return time.After(s.cfg.Now().UntilNext(max(s.cfg.LeaseTTL/6, 100*time.Millisecond)))
+	}
+	next := due()
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-tick.C:
+		case <-next:
+			next = due() // begins now: an answer that is late does not put it off
 		}
 		sent := s.cfg.Now()
 		one, cancel := context.WithTimeout(ctx, min(s.cfg.LeaseTTL/3, requestTimeout))
@@ -203,8 +206,6 @@ func (s *Store) setLease(lease clientv3.LeaseID) {
 // piles up: at most maxPolls are under way.
 func (s *Store) poll(ctx context.Context, c *clientv3.Client, g *errgroup.Group) error {
 	slots := make(chan struct{}, maxPolls)
-	tick := time.NewTicker(s.cfg.Poll)
-	defer tick.Stop()
 	answering := false
 	for {
 		if now := s.available(); now != answering {
@@ -236,8 +237,17 @@ func (s *Store) poll(ctx context.Context, c *clientv3.Client, g *errgroup.Group)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-tick.C:
+		case <-time.After(s.cfg.Now().UntilNext(s.cfg.Poll)):
+		case <-s.due:
 		}
+	}
+}
+
+// hurry makes the next poll due.
+func (s *Store) hurry() {
+	select {
+	case s.due <- struct{}{}:
+	default:
 	}
 }
 

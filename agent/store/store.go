@@ -76,9 +76,9 @@ type Config struct {
 	TLS      *TLSFiles // embedded: nil means no TLS at all
 
 	Boot     uint64        // this start's boot id: higher than that of every earlier start
-	Election time.Duration // embedded: etcd's election time-out, taken into 50 ms to 1 s
+	Election time.Duration // embedded: etcd's election time-out, taken into 50 ms to 1 s; a single member's is 1 s
 	LeaseTTL time.Duration // rounded up to whole seconds; embedded etcd grants no less than 1 s
-	Poll     time.Duration // time between reads of all records, at least 50 ms
+	Poll     time.Duration // time between reads of all records, at least 50 ms; an order given here is read at once
 
 	// OnOrders gets the operators' orders when they are first read, before any event says
 	// that the store was read, and after each change. It must not block, nor call the
@@ -133,6 +133,7 @@ type Store struct {
 	log    hclog.Logger
 	events *queue
 	writes chan struct{} // one token for each transaction under way
+	due    chan struct{} // one token: poll now
 
 	life context.Context // ends with Close
 	end  context.CancelFunc
@@ -170,8 +171,8 @@ func Open(cfg Config) (*Store, error) {
 		keys:   keys(strings.TrimRight(prefix, "/") + "/" + cfg.Mesh + "/"),
 		log:    cfg.Log,
 		events: newQueue(),
-		writes: make(chan struct{}, maxWrites),
-		known:  known, ordered: -1,
+		writes: make(chan struct{}, maxWrites), due: make(chan struct{}, 1),
+		known: known, ordered: -1,
 	}
 	s.life, s.end = context.WithCancel(context.Background())
 	return s, nil
@@ -285,7 +286,7 @@ func (s *Store) start(ctx context.Context) (engine, error) {
 func (s *Store) serve(ctx context.Context, eng engine) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return eng.run(ctx) })
-	if e := s.cfg.Embedded; e != nil {
+	if e := s.cfg.Embedded; e != nil && len(s.cfg.Members) > 1 {
 		g.Go(func() error { return s.unstick(ctx, uint16(e.PeerPort)) })
 	}
 	g.Go(func() error {
