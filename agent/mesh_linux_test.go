@@ -239,6 +239,27 @@ func TestMesh(t *testing.T) {
 		}
 	})
 
+	t.Run("the status page of every node tells the same", func(t *testing.T) {
+		for _, n := range m.Nodes {
+			text := get(t, n, "/")
+			for _, want := range []string{
+				`<h1>Mesh lab: <span class="healthy">`, "<p class=\"quiet\">As " + n.Name + ", version ",
+				"<tr><td><b>kube-api</b></td><td>" + m.VIP().Addr().String() + "</td>\n<td>" + first.Name + "</td>\n<td>" + first.Name + "</td>\n" + `<td><b class="confirmed">`,
+				"<td>" + first.Name + `</td><td class="nowrap">vip-gained</td><td class="nowrap">vip/kube-api</td>`,
+			} {
+				if !strings.Contains(text, want) {
+					t.Errorf("%s: %q is not in its page:\n%s", n.Name, want, text)
+				}
+			}
+			if until := strings.Contains(text, "ms more, if nothing renews it"); until != (n == first) {
+				t.Errorf("%s tells how long its right goes on: %v", n.Name, until)
+			}
+			if got := get(t, n, "/livez"); got != "ok\n" {
+				t.Errorf("%s: /livez says %q", n.Name, got)
+			}
+		}
+	})
+
 	t.Run("one backend a client, wherever the VIP is; moves fail nobody", func(t *testing.T) {
 		from := time.Now()
 		run := load(t, m, lab.Load{Rate: 100})

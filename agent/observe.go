@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,6 +13,8 @@ import (
 	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
+	"github.com/hamesh/hamesh/agent/page"
+	"github.com/hamesh/hamesh/server"
 )
 
 // stuckAfter is how long the loop may be silent until /healthz calls it stuck: many
@@ -85,11 +88,19 @@ func (a *Agent) samples() (all []metrics.Sample) {
 	return all
 }
 
+// stuck says that the ownership loop does not step; empty: it does.
+func (a *Agent) stuck() string {
+	if silent := time.Since(time.Unix(0, a.beatAt.Load())); silent > stuckAfter {
+		return fmt.Sprintf("the ownership loop has not stepped for %v", silent.Round(time.Millisecond))
+	}
+	return ""
+}
+
 // ailments lists what makes this agent unfit to do its work; a store that is away does
 // not, since nothing moves for that.
 func (a *Agent) ailments() (all []string) {
-	if silent := time.Since(time.Unix(0, a.beatAt.Load())); silent > stuckAfter {
-		return []string{fmt.Sprintf("the ownership loop has not stepped for %v", silent.Round(time.Millisecond))}
+	if stuck := a.stuck(); stuck != "" {
+		return []string{stuck}
 	}
 	ctx, cancel := context.WithTimeout(a.ctx, stuckAfter)
 	defer cancel()
@@ -104,17 +115,50 @@ func (a *Agent) ailments() (all []string) {
 	return all
 }
 
-// observeHandler serves /metrics and /healthz.
+// observeHandler serves the status page, metrics, /healthz for who asks whether this agent
+// does its work, and /livez for who would start it again if it were stuck: an agent that
+// waits for the others to come is not.
 func (a *Agent) observeHandler() http.Handler {
 	mux := http.NewServeMux()
+	mux.Handle("GET /{$}", page.Handler(a.pageData))
 	mux.Handle("GET /metrics", promhttp.HandlerFor(a.metrics.Registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		if all := a.ailments(); len(all) > 0 {
-			http.Error(w, strings.Join(all, "\n"), http.StatusServiceUnavailable)
-			return
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { tellFit(w, a.ailments()) })
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) {
+		var all []string
+		if stuck := a.stuck(); stuck != "" {
+			all = append(all, stuck)
 		}
-		fmt.Fprintln(w, "ok")
+		tellFit(w, all)
 	})
 	return mux
+}
+
+// tellFit answers a probe.
+func tellFit(w http.ResponseWriter, ailments []string) {
+	if len(ailments) > 0 {
+		http.Error(w, strings.Join(ailments, "\n"), http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	fmt.Fprintln(w, "ok")
+}
+
+// pageEvents is how many events the status page shows.
+const pageEvents = 50
+
+// pageData is what the status page shows now.
+func (a *Agent) pageData() page.Data {
+	d := page.Data{Now: time.Now(), Version: Version, Status: a.Status(), RightFor: map[string]time.Duration{}}
+	ctx, cancel := context.WithTimeout(a.ctx, time.Second)
+	defer cancel()
+	view, _ := a.loop.view(ctx)
+	for _, v := range view.VIPs {
+		if v.Until > 0 && v.Right != ownership.NoRight && v.Record.Owner == a.cfg.Node.Name {
+			d.RightFor[v.Name] = v.Until
+		}
+	}
+	d.Events, d.Unanswered = a.events.Events(server.EventSelection{})
+	d.Events = d.Events[max(0, len(d.Events)-pageEvents):]
+	slices.Reverse(d.Events)
+	return d
 }

@@ -426,6 +426,8 @@ func TestEventsTellTheStory(t *testing.T) {
 		{first.Name, hameshv1.EventKind_EVENT_KIND_MEMBER_DOWN, third.Name, ""},
 		{first.Name, hameshv1.EventKind_EVENT_KIND_MEMBER_BACK, third.Name, ""},
 	})
+	// It has to hear what second knows before that is gone.
+	tells(t, third, []happened{{second.Name, hameshv1.EventKind_EVENT_KIND_VIP_GAINED, first.Name, "moved by an operator"}})
 	healthy(t, m)
 
 	if err := second.PowerOff(); err != nil {

@@ -72,6 +72,7 @@ func (r *reload) reload(ctx context.Context) {
 		for _, c := range changes {
 			r.log.Info("configuration: " + c.String())
 		}
+		r.agent.teller.reloaded(changes)
 	}
 	r.agent.board.notify()
 }
@@ -109,7 +110,7 @@ func (r *reload) apply(ctx context.Context, newer *config.Config) error {
 	return nil
 }
 
-// refuse logs why nothing has changed, and keeps it for the status.
+// refuse tells why nothing has changed, and keeps it for the status.
 func (r *reload) refuse(err error) {
 	var found config.Problems
 	if !errors.As(err, &found) {
@@ -124,6 +125,7 @@ func (r *reload) refuse(err error) {
 		})
 	}
 	r.refused.Store(&problems)
+	r.agent.teller.refused(found)
 }
 
 // tellManager tells the service manager that the agent reloads, and returns what tells

@@ -212,6 +212,21 @@ func TestReloadByHangup(t *testing.T) {
 		})
 	})
 
+	t.Run("events tell of each", func(t *testing.T) {
+		stdout, stderr, status, err := owner.Hactl("events", "-o", "wide")
+		if err != nil || status != 0 {
+			t.Fatalf("status %d, %v: %s", status, err, stderr)
+		}
+		for _, want := range []string{
+			m.Nodes[0].Name + "   config-reloaded", "proxies[0].backends: " + gone + " is removed",
+			owner.Name + "   config-refused", "metrics.listen: is 127.0.0.1:7445, was 127.0.0.1:7444",
+		} {
+			if !strings.Contains(stdout, want) {
+				t.Errorf("%q is not in the events:\n%s", want, stdout)
+			}
+		}
+	})
+
 	t.Run("the log", func(t *testing.T) {
 		reload(t, owner, edited(t, owner, func(config, _ map[string]any) {
 			config["log"] = map[string]any{"level": "info", "format": "json"}

@@ -21,6 +21,7 @@ import (
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/store"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
 // logText is what was logged.
@@ -51,6 +52,7 @@ type reloadRig struct {
 	text     string
 	logged   *logText
 	servers  map[string]string // name → address
+	told     *hameshv1.Event   // the last one
 	mu       sync.Mutex
 	settings []ownership.Settings
 }
@@ -107,6 +109,7 @@ func newReloadRig(t *testing.T) *reloadRig {
 		t.Fatal(err)
 	}
 	a.services = []*service{s}
+	a.teller = newTeller("cp-1", func(e *hameshv1.Event) { r.told = e })
 	r.reload = &reload{agent: a, path: path, inForce: cfg, log: log}
 
 	ctx, cancel := context.WithCancel(context.Background())
@@ -207,6 +210,9 @@ func (r *reloadRig) taken(changes ...string) {
 	if p := r.problems(); len(p) > 0 {
 		r.t.Errorf("problems %v", p)
 	}
+	if r.told.GetKind() != hameshv1.EventKind_EVENT_KIND_CONFIG_RELOADED || r.told.GetReason() == "" {
+		r.t.Errorf("the event is %v", r.told)
+	}
 }
 
 // refusedFor checks that the last reload was refused, and said why.
@@ -219,6 +225,9 @@ func (r *reloadRig) refusedFor(finding, fix string) {
 	if len(problems) != 1 || problems[0].GetCode() != "CONFIG_REFUSED" ||
 		!strings.Contains(problems[0].GetMessage(), finding) || !strings.Contains(problems[0].GetFix(), fix) {
 		r.t.Errorf("problems %v; want one of %q, %q", problems, finding, fix)
+	}
+	if r.told.GetKind() != hameshv1.EventKind_EVENT_KIND_CONFIG_REFUSED || !strings.Contains(r.told.GetReason(), finding) {
+		r.t.Errorf("the event is %v, want one for %q", r.told, finding)
 	}
 	if got := r.backends(); got != "a up, b up" {
 		r.t.Errorf("backends %s", got)

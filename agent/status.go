@@ -163,7 +163,7 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 			r := rightToProto(v.Right)
 			vip.Right = &r
 		}
-		if !t.since.IsZero() {
+		if t.owner != "" && !t.since.IsZero() {
 			vip.Since = timestamppb.New(t.since)
 		}
 		s.Vips = append(s.Vips, vip)
@@ -238,7 +238,7 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 		s.Nodes = append(s.Nodes, n)
 		switch {
 		case n.State == hameshv1.NodeState_NODE_STATE_DOWN:
-			problem("NODE_DOWN", m.Name+" is "+n.Reason, "start hameshd there, or see the network between "+a.cfg.Node.Name+" and "+m.Name)
+			problem("NODE_DOWN", m.Name+" is down: "+n.Reason, "start hameshd there, or see the network between "+a.cfg.Node.Name+" and "+m.Name)
 		case n.State == hameshv1.NodeState_NODE_STATE_SUSPECT:
 			problem("NODE_NOT_READY", m.Name+" "+n.Reason, "see its log, and the store")
 		case !n.Eligible && drained == "" && n.Role != hameshv1.Role_ROLE_WITNESS:
@@ -265,7 +265,11 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 						"hactl backend "+st.Backend+" --state active when it is fit again")
 				}
 			case hameshv1.BackendState_BACKEND_STATE_DOWN:
-				problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is down: %s", st.Backend, b.Address, st.Reason), "see the API server's log on that node")
+				fix := "see the API server's log on that node"
+				if b.Node != "" && b.Node != a.cfg.Node.Name && !peers[b.Node].Heard {
+					fix = "bring " + b.Node + " back"
+				}
+				problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is down: %s", st.Backend, b.Address, st.Reason), fix)
 			}
 		}
 		if up == 0 {

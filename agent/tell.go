@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -10,6 +12,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/hamesh/hamesh/agent/config"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/vip"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
@@ -144,6 +147,40 @@ func (t *teller) move(kind hameshv1.EventKind, o *order, reason string) {
 	t.record(event)
 }
 
+// reloaded tells that the configuration was read again, with what has changed.
+func (t *teller) reloaded(changes []config.Change) {
+	t.record(&hameshv1.Event{
+		Kind: hameshv1.EventKind_EVENT_KIND_CONFIG_RELOADED, Message: t.self + " has read its configuration again",
+		Reason: cmp.Or(inShort(changes), "nothing has changed"),
+	})
+}
+
+// refused tells that it was read again, and why it is not in force.
+func (t *teller) refused(found config.Problems) {
+	var findings []string
+	for _, p := range found {
+		p.File = filepath.Base(p.File)
+		findings = append(findings, p.Finding())
+	}
+	t.record(&hameshv1.Event{
+		Kind: hameshv1.EventKind_EVENT_KIND_CONFIG_REFUSED, Message: t.self + " goes on with the configuration that it had",
+		Reason: inShort(findings),
+	})
+}
+
+// inShort is the first few of many things in one line.
+func inShort[T any](all []T) string {
+	const few = 3
+	var words []string
+	for _, x := range all[:min(few, len(all))] {
+		words = append(words, fmt.Sprint(x))
+	}
+	if more := len(all) - few; more > 0 {
+		words = append(words, fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(words, "; ")
+}
+
 // wants says whether an address should be on this node now.
 func (k *keeper) wants(name string) bool {
 	return slices.ContainsFunc(k.desired(), func(a vip.Address) bool { return a.VIP == name })
@@ -259,7 +296,7 @@ func standing(s hameshv1.NodeState) hameshv1.NodeState {
 // toldElsewhere are the problems that are events of another kind, or none.
 var toldElsewhere = []string{
 	"STORE_UNAVAILABLE", "NODE_DOWN", "NODE_NOT_READY", "NODE_DRAINED", "BACKEND_DOWN", "BACKEND_ORDERED",
-	"VIP_FAILSAFE", "VIP_IN_USE", "TLS_INSECURE",
+	"VIP_FAILSAFE", "VIP_IN_USE", "TLS_INSECURE", "CONFIG_REFUSED",
 }
 
 // problems are those of the status, by what they say.

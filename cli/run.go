@@ -115,7 +115,7 @@ func (c *command) root() *cobra.Command {
 	flags.StringVarP(&c.output, "output", "o", "table", "table, wide, json or yaml")
 	// An unknown value cannot happen here: the flag has just been defined.
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(c.statusCommand(), c.eventsCommand(), c.moveCommand(), c.drainCommand(), c.undrainCommand(), c.backendCommand(), c.doctorCommand(), c.drillCommand(), c.pkiCommand(), c.versionCommand())
+	root.AddCommand(c.statusCommand(), c.eventsCommand(), c.moveCommand(), c.drainCommand(), c.undrainCommand(), c.backendCommand(), c.doctorCommand(), c.drillCommand(), c.pkiCommand(), c.manifestCommand(), c.versionCommand())
 	return root
 }
 

@@ -39,7 +39,7 @@ func (v view) store(s *hameshv1.Store) string {
 }
 
 func (v view) vips(vips []*hameshv1.Vip) string {
-	rows := newRows("VIP", "ADDRESS", "OWNER", "HOLDERS", "RIGHT", "EPOCH", "SINCE").extend(v.wide, "TRANSITIONS", "REASON")
+	rows := newRows("VIP", "ADDRESS", "OWNER", "HOLDERS", "RIGHT", "EPOCH", "SINCE").extend(v.wide, "TRANSITIONS").extend(true, "REASON")
 	for _, vip := range vips {
 		owner := vip.GetOwner()
 		if owner == "" {
@@ -50,7 +50,7 @@ func (v view) vips(vips []*hameshv1.Vip) string {
 			right = word(vip.GetRight().String(), "RIGHT_")
 		}
 		rows.add(vip.GetName(), vip.GetAddress(), owner, strings.Join(vip.GetHolders(), ","), right,
-			fmt.Sprint(vip.GetEpoch()), v.since(vip)).extend(v.wide, fmt.Sprint(vip.GetTransitions()), vip.GetReason())
+			fmt.Sprint(vip.GetEpoch()), v.since(vip)).extend(v.wide, fmt.Sprint(vip.GetTransitions())).extend(true, vip.GetReason())
 	}
 	return rows.render()
 }

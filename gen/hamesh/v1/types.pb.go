@@ -369,6 +369,10 @@ const (
 	EventKind_EVENT_KIND_PROBLEM_ENDED EventKind = 25
 	// An operator makes the node's agent stop abruptly, for a drill.
 	EventKind_EVENT_KIND_CRASH_REQUESTED EventKind = 26
+	// The node's agent has read its configuration again, and goes on with it.
+	EventKind_EVENT_KIND_CONFIG_RELOADED EventKind = 27
+	// The node's agent has read its configuration again, and goes on with the one before.
+	EventKind_EVENT_KIND_CONFIG_REFUSED EventKind = 28
 )
 
 // Enum value maps for EventKind.
@@ -401,6 +405,8 @@ var (
 		24: "EVENT_KIND_PROBLEM_BEGAN",
 		25: "EVENT_KIND_PROBLEM_ENDED",
 		26: "EVENT_KIND_CRASH_REQUESTED",
+		27: "EVENT_KIND_CONFIG_RELOADED",
+		28: "EVENT_KIND_CONFIG_REFUSED",
 	}
 	EventKind_value = map[string]int32{
 		"EVENT_KIND_UNSPECIFIED":      0,
@@ -430,6 +436,8 @@ var (
 		"EVENT_KIND_PROBLEM_BEGAN":    24,
 		"EVENT_KIND_PROBLEM_ENDED":    25,
 		"EVENT_KIND_CRASH_REQUESTED":  26,
+		"EVENT_KIND_CONFIG_RELOADED":  27,
+		"EVENT_KIND_CONFIG_REFUSED":   28,
 	}
 )
 
@@ -1279,7 +1287,7 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x10BACKEND_STATE_UP\x10\x01\x12\x16\n" +
 	"\x12BACKEND_STATE_DOWN\x10\x02\x12\x1a\n" +
 	"\x16BACKEND_STATE_DRAINING\x10\x03\x12\x1a\n" +
-	"\x16BACKEND_STATE_DISABLED\x10\x04*\xb2\x06\n" +
+	"\x16BACKEND_STATE_DISABLED\x10\x04*\xf1\x06\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18EVENT_KIND_AGENT_STARTED\x10\x01\x12\x1d\n" +
@@ -1308,7 +1316,9 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x19EVENT_KIND_NODE_UNDRAINED\x10\x17\x12\x1c\n" +
 	"\x18EVENT_KIND_PROBLEM_BEGAN\x10\x18\x12\x1c\n" +
 	"\x18EVENT_KIND_PROBLEM_ENDED\x10\x19\x12\x1e\n" +
-	"\x1aEVENT_KIND_CRASH_REQUESTED\x10\x1aB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\x1aEVENT_KIND_CRASH_REQUESTED\x10\x1a\x12\x1e\n" +
+	"\x1aEVENT_KIND_CONFIG_RELOADED\x10\x1b\x12\x1d\n" +
+	"\x19EVENT_KIND_CONFIG_REFUSED\x10\x1cB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_types_proto_rawDescOnce sync.Once
