@@ -44,6 +44,7 @@ type loop struct {
 	proxy *Proxy
 	poll  *poll
 	now   time.Duration // since origin, at the beginning of the turn
+	share int           // of the turn, of each direction of a session, in bytes
 
 	sessions []*session // by index, the unused ones too
 	free     []int32    // indices of unused ones
@@ -106,6 +107,7 @@ func (l *loop) run() error {
 			return fmt.Errorf("waiting for connections' events: %w", err)
 		}
 		l.now = time.Since(origin)
+		l.share = min(max(turnSize/(len(events)+min(len(l.again), againMost)+1), shareLeast), shareMost)
 		for i := range events {
 			l.dispatch(token{events[i].Fd, events[i].Pad}, events[i].Events)
 		}

@@ -15,9 +15,12 @@ const (
 	// bulkyLeast is what a splice must bring for the stream to remain bulky. Below that
 	// copying is cheaper.
 	bulkyLeast = 16 << 10
-	// budget is how many bytes one direction of a session moves before others have their
-	// turn: some 50 µs.
-	budget = 256 << 10
+	// turnSize is how many bytes a loop moves in one turn, more or less: some milliseconds.
+	// The sessions that have something to do share it, each direction of one of them getting
+	// from shareLeast to shareMost.
+	turnSize   = 8 << 20
+	shareLeast = 64 << 10
+	shareMost  = 1 << 20
 )
 
 // relay moves what can be moved in both directions, and ends the session when nothing
@@ -83,10 +86,10 @@ func (l *loop) boundHalfClosed(s *session) {
 }
 
 // pump moves bytes of one direction until there are none, or they cannot be written; then
-// it returns false. It returns true when it has used up its budget. Whichever connection
+// it returns false. It returns true when it has used up its share of the turn. Whichever connection
 // has an error gets it noted.
 func (l *loop) pump(h *half, source, sink *socket, count *atomic.Uint64) bool {
-	left := budget
+	left := l.share
 	for sink.writable && sink.broken == 0 {
 		if !h.clean() {
 			n := l.flush(h, sink)
@@ -127,7 +130,7 @@ func (l *loop) fill(h *half, source *socket) (n int) {
 	if h.pipe != nil {
 		// Since the pipe is empty, EAGAIN can only be the socket's. A short splice proves
 		// nothing: a pipe is full when its slots are.
-		n, errno = splice(source.fd, h.pipe.w, h.pipe.size)
+		n, errno = splice(source.fd, h.pipe.w, min(h.pipe.size, l.share))
 		h.pipe.n, h.bulky = n, n >= bulkyLeast
 		if n == 0 {
 			l.pipes.give(h.pipe)

@@ -167,6 +167,9 @@ func newRig(name string, v rival, most int) (r *rig, err error) {
 		err = errors.Join(
 			(*h.host).Sysctl("net/ipv4/ip_local_port_range", "1024 65535"),
 			(*h.host).Sysctl("net/ipv4/tcp_tw_reuse", "1"),
+			// Linux's own default. BBR, which some machines have instead, paces what is
+			// sent by a guess at the way's bandwidth: then that is measured.
+			(*h.host).Sysctl("net/ipv4/tcp_congestion_control", "cubic"),
 		)
 		if err != nil {
 			return r, err
