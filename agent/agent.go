@@ -210,14 +210,11 @@ func (a *Agent) openKernel() (err error) {
 		}
 	}
 	a.openHanding()
-	a.keeper.take, a.keeper.give = a.handing.take, a.handing.give
-	a.keeper.held = func(hold ownership.Hold) {
-		a.handing.held(hold)
+	a.keeper.take, a.keeper.give, a.keeper.held = a.handing.take, a.handing.give, a.handing.held
+	a.keeper.announce = func(hold ownership.Hold) {
+		v := a.vip(hold.VIP)
+		a.announcer.Start(announce.Target{VIP: v.Name, Addr: v.Address, Interface: v.Interface}, hold.Epoch)
 		a.flows.took(hold.VIP, hold.Gen)
-	}
-	a.keeper.announce = func(name string, epoch int64) {
-		v := a.vip(name)
-		a.announcer.Start(announce.Target{VIP: name, Addr: v.Address, Interface: v.Interface}, epoch)
 	}
 	a.keeper.silence = func(name string) {
 		a.announcer.Stop(name)

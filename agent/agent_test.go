@@ -110,11 +110,14 @@ func newKeeperRig(t *testing.T, wrap func(*vip.Kernel) kernel) *keeperRig {
 		defer r.mu.Unlock()
 		r.states = append(r.states, s)
 	}
-	r.announce = func(_ string, epoch int64) {
+	r.announce = func(hold ownership.Hold) {
+		if r.slots[0].mu.TryLock() {
+			t.Error("announced without the slot's lock: a withdrawal may come in between, and is silenced first")
+		}
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		if !slices.Contains(r.epochs, epoch) {
-			r.epochs = append(r.epochs, epoch)
+		if !slices.Contains(r.epochs, hold.Epoch) {
+			r.epochs = append(r.epochs, hold.Epoch)
 		}
 	}
 	r.silence = func(string) {}

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,13 +17,19 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/hamesh/hamesh/agent/store"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 	"github.com/hamesh/hamesh/server"
 )
 
-// crashAfter is the time between the answer to an order to crash and the crash: enough for
-// the answer to be on its way.
-const crashAfter = 50 * time.Millisecond
+const (
+	// crashAfter is the time between the answer to an order to crash and the crash: enough
+	// for the answer to be on its way.
+	crashAfter = 50 * time.Millisecond
+	// crashShows is how long after SuspectAfter a crash that was ordered is in every
+	// member's status, with a store's leader that crashed as well.
+	crashShows = 10 * time.Second
+)
 
 // crashes carries out orders to crash an agent, this one or another member's.
 type crashes struct{ agent *Agent }
@@ -39,16 +46,18 @@ func (c *crashes) CrashAgent(ctx context.Context, r *hameshv1.CrashAgentRequest)
 	case len(id) > requestLength:
 		return nil, fmt.Errorf("%d bytes, more than %d: %w", len(id), requestLength, server.ErrRequestID)
 	}
-	incoming, _ := metadata.FromIncomingContext(ctx)
-	told := len(incoming.Get(passedOn)) > 0 // by the member that was asked
+	told := isPassedOn(ctx) // by the member that was asked
 	if node != a.cfg.Node.Name {
 		client, ok := a.links[node].Control()
 		if !ok || told {
 			return nil, fmt.Errorf("crash the agent of %s: %w", node, server.ErrNodeUnreachable)
 		}
-		c.tell(ctx, node)
-		return client.CrashAgent(metadata.AppendToOutgoingContext(ctx, passedOn, a.cfg.Node.Name),
+		answer, err := client.CrashAgent(metadata.AppendToOutgoingContext(ctx, passedOn, a.cfg.Node.Name),
 			&hameshv1.CrashAgentRequest{RequestId: id, Node: node, Confirm: true})
+		if answer.GetChanged() {
+			c.tell(ctx, node)
+		}
+		return answer, err
 	}
 	file := filepath.Join(a.cfg.DataDir, "crash")
 	last, err := os.ReadFile(file)
@@ -58,7 +67,7 @@ func (c *crashes) CrashAgent(ctx context.Context, r *hameshv1.CrashAgentRequest)
 	if string(last) == id {
 		return &hameshv1.CrashAgentResponse{}, nil
 	}
-	if err := mayCrash(a.Status(), node); err != nil {
+	if err := c.judge(ctx); err != nil {
 		return nil, fmt.Errorf("crash the agent of %s: %w", node, err)
 	}
 	// Written first: a caller whose connection broke by the crash may ask again.
@@ -80,6 +89,38 @@ func (c *crashes) tell(ctx context.Context, node string) {
 		Kind: hameshv1.EventKind_EVENT_KIND_CRASH_REQUESTED, Peer: node, By: server.Caller(ctx),
 		Message: "the agent of " + node + " is to crash", Reason: "an operator's order",
 	})
+}
+
+// judge says why this agent may not crash now; nil: it may, and no other member's may
+// before everybody knows. Two that were ordered at once would each see a healthy mesh, and
+// take the majority together.
+func (c *crashes) judge(ctx context.Context) error {
+	a := c.agent
+	if err := mayCrash(a.Status(), a.cfg.Node.Name); err != nil {
+		return err
+	}
+	err := a.store.Claim(ctx, store.Claim{
+		Name: "crash", Value: fmt.Sprint(a.cfg.Node.Name, " ", a.boot), For: a.cfg.Timing.SuspectAfter + crashShows,
+		Over: func(other string) bool { return crashed(a.Status(), other) },
+	})
+	switch {
+	case errors.Is(err, store.ErrClaimed):
+		return fmt.Errorf("%w: another agent is about to crash: %w", server.ErrNotHealthy, err)
+	case err != nil:
+		return fmt.Errorf("%w: %w", server.ErrStoreUnavailable, err)
+	}
+	return mayCrash(a.Status(), a.cfg.Node.Name) // as it was when nobody else could crash any more
+}
+
+// crashed says whether the agent that has claimed to crash, by its node and boot, has been
+// started anew since.
+func crashed(s *hameshv1.GetStatusResponse, claim string) bool {
+	var node string
+	var boot uint64
+	if _, err := fmt.Sscan(claim, &node, &boot); err != nil {
+		return false // another version's
+	}
+	return slices.ContainsFunc(s.GetNodes(), func(n *hameshv1.Node) bool { return n.GetName() == node && n.GetBoot() > boot })
 }
 
 // mayCrash says why the agent of a node may not crash now, in a mesh of that status; nil:

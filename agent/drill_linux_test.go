@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -99,6 +102,18 @@ func TestDrill(t *testing.T) {
 	}
 }
 
+// boots are those of all agents, as the last one knows them.
+func boots(t *testing.T, m *lab.Mesh) (all []uint64) {
+	s, err := m.Nodes[2].Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range s.GetNodes() {
+		all = append(all, n.GetBoot())
+	}
+	return all
+}
+
 // TestDrillCrash crashes two owners, with a service manager that starts agents anew.
 func TestDrillCrash(t *testing.T) {
 	m := newMesh(t, lab.Options{})
@@ -145,13 +160,7 @@ func TestDrillCrash(t *testing.T) {
 	defer conn.Close()
 	control := hameshv1.NewControlServiceClient(conn)
 	order := &hameshv1.CrashAgentRequest{RequestId: uuid.NewString(), Node: "cp-1", Confirm: true}
-	boot := func() uint64 {
-		s, err := m.Nodes[2].Status()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return s.GetNodes()[0].GetBoot()
-	}
+	boot := func() uint64 { return boots(t, m)[0] }
 	was := boot()
 	if answer, err := control.CrashAgent(t.Context(), order); err != nil || !answer.GetChanged() {
 		t.Fatalf("%v, %v", answer, err)
@@ -173,6 +182,36 @@ func TestDrillCrash(t *testing.T) {
 	if again := boot(); again != was {
 		t.Errorf("the agent was started anew by a repeated order: boot %d, then %d", was, again)
 	}
+
+	// Two at once would take the majority.
+	var pair sync.WaitGroup
+	var crashed atomic.Int32
+	before, asked := boots(t, m), time.Now()
+	for _, node := range []string{"cp-1", "cp-2"} {
+		pair.Go(func() {
+			answer, err := control.CrashAgent(t.Context(), &hameshv1.CrashAgentRequest{Node: node, Confirm: true})
+			switch {
+			case answer.GetChanged():
+				crashed.Add(1)
+			case status.Code(err) != codes.FailedPrecondition:
+				t.Errorf("crashing %s: %v", node, err)
+			}
+		})
+	}
+	pair.Wait()
+	// Where the second one was so late that the first agent was back, it may.
+	if n := crashed.Load(); n == 0 || (n > 1 && time.Since(asked) < 100*time.Millisecond) {
+		t.Errorf("%d of two agents crash after %v", n, time.Since(asked))
+	}
+	if err := lab.Await(20*time.Second, func() error {
+		if now := boots(t, m); slices.Equal(now, before) {
+			return fmt.Errorf("no agent has been started anew: %v", now)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	healthy(t, m)
 
 	for name, test := range map[string]struct {
 		order *hameshv1.CrashAgentRequest

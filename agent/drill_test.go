@@ -47,6 +47,15 @@ func TestMayCrash(t *testing.T) {
 	}
 }
 
+func TestCrashed(t *testing.T) {
+	s := &hameshv1.GetStatusResponse{Nodes: []*hameshv1.Node{{Name: "cp-1", Boot: 7}, {Name: "cp-2"}}}
+	for claim, want := range map[string]bool{"cp-1 6": true, "cp-1 7": false, "cp-2 6": false, "cp-9 6": false, "cp-1": false, "": false} {
+		if got := crashed(s, claim); got != want {
+			t.Errorf("%q: %v", claim, got)
+		}
+	}
+}
+
 // TestConfigDigests checks which part each change of the example shows in, if any.
 func TestConfigDigests(t *testing.T) {
 	parts := []string{"members", "vips", "proxies", "timing", "store", "ports"}

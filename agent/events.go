@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -27,8 +26,12 @@ import (
 const (
 	// eventsKept is how many events of each member are remembered.
 	eventsKept = 1000
-	// eventsWaiting is how many may wait for a slow disk; more are remembered, not kept.
+	// eventsWaiting is how many may wait for a slow disk; when there are more, the file is
+	// written anew.
 	eventsWaiting = 256
+	// eventText is how many bytes each text of an event has at most: what it says comes from
+	// callers and other programs, and every member keeps it and tells it to the others.
+	eventText = 512
 	// followPause is the pause before a member is asked again for its events.
 	followPause = 250 * time.Millisecond
 )
@@ -47,6 +50,7 @@ type events struct {
 	mu       sync.Mutex
 	of       map[string][]*hameshv1.Event // member → its events, oldest first
 	last     time.Time                    // of the newest one of this member
+	late     int                          // events for which there was no room in unwritten
 	followed map[string]bool              // other member → it tells its events now
 	changed  chan struct{}                // closed and replaced at each event
 }
@@ -67,13 +71,14 @@ func newEvents(dataDir, self string, members []string, silent func(member string
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read the events of earlier runs: %w", err)
 	}
-	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
+	for line := range bytes.Lines(b) {
 		var event hameshv1.Event
-		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(lines.Bytes(), &event) != nil {
+		if (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(line, &event) != nil {
 			continue
 		}
 		if at, node, err := server.ParseEventID(event.GetId()); err == nil && node == self && at.After(e.last) {
 			e.last = at
+			shorten(&event)
 			e.add(&event)
 		}
 	}
@@ -83,6 +88,7 @@ func newEvents(dataDir, self string, members []string, silent func(member string
 // record remembers an event of this member that happens now, and gives it its id. It does
 // not block.
 func (e *events) record(event *hameshv1.Event) {
+	shorten(event)
 	e.mu.Lock()
 	at := time.Now()
 	// Ids grow, also where the wall clock goes back, or is too coarse.
@@ -92,8 +98,17 @@ func (e *events) record(event *hameshv1.Event) {
 	select {
 	case e.unwritten <- event:
 	default:
+		e.late++
 	}
 	e.mu.Unlock()
+}
+
+// shorten cuts the texts of an event to what may be kept and told. Texts must be UTF-8
+// throughout, or the event cannot be encoded.
+func shorten(event *hameshv1.Event) {
+	for _, text := range []*string{&event.Vip, &event.Proxy, &event.Backend, &event.Peer, &event.By, &event.Message, &event.Reason} {
+		*text = strings.ToValidUTF8((*text)[:min(len(*text), eventText)], "")
+	}
 }
 
 // add remembers an event; e.mu is held, or e is not shared yet.
@@ -161,6 +176,14 @@ func (e *events) run(ctx context.Context) error {
 			case <-ctx.Done(): // and nothing is left
 				return nil
 			}
+		}
+		e.mu.Lock()
+		late := e.late
+		e.late = 0
+		e.mu.Unlock()
+		if late > 0 {
+			e.log.Warn("the disk is slower than events come: writing the newest ones anew", "events", late)
+			lines = eventsKept
 		}
 		var err error
 		if lines++; lines > eventsKept {

@@ -8,10 +8,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hamesh/hamesh/agent/ownership"
@@ -108,6 +110,61 @@ func TestEventsAreKept(t *testing.T) {
 	}
 }
 
+// TestEventsAreShort checks that no text of an event is longer than members can keep and
+// tell, and that a line which is, of another version, costs no other event.
+func TestEventsAreShort(t *testing.T) {
+	dir := t.TempDir()
+	e := openTestEvents(t, dir)
+	long := &hameshv1.Event{Vip: strings.Repeat("v", eventText), Message: strings.Repeat("ü", 1<<20), Reason: "x" + strings.Repeat("ü", 1<<20), Peer: "cp-2", By: "\xff"}
+	e.record(long)
+	e.record(&hameshv1.Event{Message: "the next"})
+	first := e.of["cp-1"][0]
+	for name, got := range map[string]int{"vip": len(first.GetVip()), "message": len(first.GetMessage()), "reason": len(first.GetReason()) + 1} {
+		if got != eventText {
+			t.Errorf("%s has %d bytes, want %d", name, got, eventText)
+		}
+	}
+	if _, err := proto.Marshal(first); err != nil || first.GetPeer() != "cp-2" || first.GetBy() != "" {
+		t.Errorf("%v, %v", first, err)
+	}
+	var file []byte
+	for i, event := range e.of["cp-1"] {
+		if i == 0 {
+			event = proto.CloneOf(event)
+			event.Message = strings.Repeat("m", 1<<20)
+		}
+		line, err := protojson.Marshal(event)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file = append(append(file, line...), '\n')
+	}
+	if err := os.WriteFile(e.file, file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e = openTestEvents(t, dir)
+	if got := messages(e.of["cp-1"]); !slices.Equal(got, []string{strings.Repeat("m", eventText), "the next"}) {
+		t.Errorf("after a restart: %.100q", got)
+	}
+}
+
+// More events at once than may wait are written all the same.
+func TestEventsOfASlowDisk(t *testing.T) {
+	dir := t.TempDir()
+	e := openTestEvents(t, dir)
+	for i := range eventsWaiting + 50 {
+		e.record(&hameshv1.Event{Message: fmt.Sprint(i)})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := e.run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := messages(openTestEvents(t, dir).of["cp-1"]), messages(e.of["cp-1"]); !slices.Equal(got, want) {
+		t.Errorf("after a restart: %d of %d events", len(got), len(want))
+	}
+}
+
 // recorder is a teller that keeps what it tells.
 func recordingTeller() (*teller, func() []string) {
 	var all []string
@@ -167,6 +224,45 @@ func TestTellsOwnership(t *testing.T) {
 	}
 }
 
+// The right by the store with which every take-over begins is told where it stays.
+func TestTellsARightThatStays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		teller, told := recordingTeller()
+		gain := func(epoch int64) {
+			teller.owned(tenure{owner: "cp-2"}, true, ownership.Change{VIP: "api", Owner: "cp-1", Epoch: epoch, Text: "taken"})
+			teller.owned(tenure{owner: "cp-1", epoch: epoch}, true, ownership.Change{VIP: "api", Owner: "cp-1", Epoch: epoch, Right: ownership.Reasserted, Text: "right reasserted"})
+			told()
+			time.Sleep(beginning / 2)
+			teller.stayed()
+		}
+		gain(5)
+		teller.owned(tenure{owner: "cp-1", epoch: 5}, true, ownership.Change{VIP: "api", Owner: "cp-1", Epoch: 5, Right: ownership.Confirmed, Text: "right confirmed"})
+		time.Sleep(beginning)
+		teller.stayed()
+		if got := told(); len(got) > 0 {
+			t.Errorf("of one that was confirmed: %v", got)
+		}
+		gain(7)
+		teller.owned(tenure{owner: "cp-1", epoch: 7}, true, ownership.Change{VIP: "api", Owner: "cp-3", Epoch: 8, Text: "moved"})
+		told()
+		time.Sleep(beginning)
+		teller.stayed()
+		if got := told(); len(got) > 0 {
+			t.Errorf("of one that was lost: %v", got)
+		}
+		gain(9)
+		if got := told(); len(got) > 0 {
+			t.Errorf("at once: %v", got)
+		}
+		time.Sleep(beginning / 2)
+		teller.stayed()
+		teller.stayed()
+		if diff := cmp.Diff([]string{"RIGHT_CHANGED, " + rightReasons[ownership.Reasserted]}, told()); diff != "" {
+			t.Error(diff)
+		}
+	})
+}
+
 func TestTellsWordsAndAddresses(t *testing.T) {
 	teller, told := recordingTeller()
 	for _, boot := range []uint64{5, 5, 4, 6} {
@@ -222,6 +318,11 @@ func TestTellsDifferences(t *testing.T) {
 		{status(gone, disabled, true), []string{"MEMBER_DOWN"}},
 		{status(drained, up, false), []string{"MEMBER_BACK", "STORE_AWAY"}},
 		{status(ready, down, false), []string{"BACKEND_DOWN"}},
+		{status(ready, disabled, false), nil},
+		{status(ready, draining, false), []string{"BACKEND_UP"}},
+		{status(ready, disabled, false), nil},
+		{status(ready, down, false), []string{"BACKEND_DOWN"}},
+		{status(ready, up, false), []string{"BACKEND_UP"}},
 	} {
 		if got := kinds(differences(was, step.now)); !slices.Equal(got, step.want) {
 			t.Errorf("to %v: %v, want %v", step.now, got, step.want)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -25,6 +26,10 @@ const (
 	flowsChunk = 4096
 	// flowsBehind is how many messages a member may be behind before it is told all anew.
 	flowsBehind = 64
+	// flowsBereaved is how long after a death its clients may still be told: whoever waits
+	// for longer has noticed by its own keep-alive or has gone, and a VIP that comes here
+	// days later would bring segments of nothing to machines that know nothing of it.
+	flowsBereaved = 5 * time.Minute
 )
 
 // tellAt is when clients are told after the VIP is on here: when two announcements have
@@ -57,18 +62,22 @@ type flows struct {
 	log    hclog.Logger
 
 	mu     sync.Mutex
-	mine   map[through]clients
+	mine   map[through]clients    // written by run alone; no set in it is changed
 	theirs map[string]*theirFlows // by member
 	past   map[string]*theirFlows // those of the boot before
-	taken  map[string]uint64      // VIP → generation of the hold by which this node has it
 	links  map[chan *hameshv1.ShareFlowsRequest]struct{}
 	wake   chan struct{} // one token: somebody may have to be told
+
+	// Of its own, and held for moments: the keeper takes it before it takes an address off.
+	takenMu sync.Mutex
+	taken   map[string]uint64 // VIP → generation of the hold by which this node has it
 }
 
 type theirFlows struct {
 	boot  uint64
+	died  time.Time // when that was noticed; zero: it lives
 	flows map[through]clients
-	// told: their clients know.
+	// told: their clients know, or are being told.
 	told map[through]bool
 }
 
@@ -158,11 +167,12 @@ func (f *flows) look() {
 }
 
 func (f *flows) changed(w through, now clients) {
+	before := f.mine[w]
+	changes := slices.Collect(f.messages(w, without(now, before), without(before, now)))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	before := f.mine[w]
 	f.mine[w] = now
-	for m := range f.messages(w, without(now, before), without(before, now)) {
+	for _, m := range changes {
 		for link := range f.links {
 			select {
 			case link <- m:
@@ -265,18 +275,19 @@ func (f *flows) shareOnce(ctx context.Context, client hameshv1.MeshServiceClient
 }
 
 func (f *flows) subscribe() (all []*hameshv1.ShareFlowsRequest, changes chan *hameshv1.ShareFlowsRequest) {
+	changes = make(chan *hameshv1.ShareFlowsRequest, flowsBehind)
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	mine := maps.Clone(f.mine)
+	f.links[changes] = struct{}{}
+	f.mu.Unlock()
 	for vip := range f.vips {
 		for _, port := range f.ports {
 			w := through{vip, port}
 			anew := f.message(w)
 			anew.Anew = true
-			all = slices.AppendSeq(append(all, anew), f.messages(w, without(f.mine[w], nil), nil))
+			all = slices.AppendSeq(append(all, anew), f.messages(w, without(mine[w], nil), nil))
 		}
 	}
-	changes = make(chan *hameshv1.ShareFlowsRequest, flowsBehind)
-	f.links[changes] = struct{}{}
 	return all, changes
 }
 
@@ -299,6 +310,9 @@ func (f *flows) hear(member string, m *hameshv1.ShareFlowsRequest) {
 	switch {
 	case t == nil || m.GetBoot() > t.boot:
 		if t != nil {
+			if t.died.IsZero() {
+				t.died = time.Now()
+			}
 			f.past[member] = t // its connections died with it
 			poke(f.wake)
 		}
@@ -307,6 +321,7 @@ func (f *flows) hear(member string, m *hameshv1.ShareFlowsRequest) {
 	case m.GetBoot() < t.boot:
 		return
 	}
+	t.died = time.Time{}
 	if m.GetAnew() || t.flows[w] == nil {
 		t.flows[w] = clients{}
 	}
@@ -321,27 +336,37 @@ func (f *flows) hear(member string, m *hameshv1.ShareFlowsRequest) {
 	}
 }
 
-// took says that a VIP is on here, and announced, by the hold of that generation.
+// took says that a VIP is on here, and announced, by the hold of that generation. It does
+// not block.
 func (f *flows) took(vip string, gen uint64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.takenMu.Lock()
+	defer f.takenMu.Unlock()
 	if f.taken[vip] != gen {
 		f.taken[vip] = gen
 		poke(f.wake)
 	}
 }
 
-// gave says that a VIP is to be on here no longer.
+// gave says that a VIP is to be on here no longer. It does not block.
 func (f *flows) gave(vip string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.takenMu.Lock()
+	defer f.takenMu.Unlock()
 	delete(f.taken, vip)
+}
+
+// has says by the hold of which generation a VIP is on here, if it is.
+func (f *flows) has(vip string) (gen uint64, here bool) {
+	f.takenMu.Lock()
+	defer f.takenMu.Unlock()
+	gen, here = f.taken[vip]
+	return gen, here
 }
 
 // news is whom to tell of what.
 type news struct {
 	through
 	member  string
+	of      *theirFlows
 	gen     uint64
 	clients []netip.AddrPort
 }
@@ -351,27 +376,48 @@ type news struct {
 func (f *flows) bereaved() (all []news) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	find := func(member string, flows map[through]clients, told map[through]bool) {
-		for w, c := range flows {
-			if gen, here := f.taken[w.vip]; here && !told[w] && len(c) > 0 {
-				told[w] = true
-				all = append(all, news{w, member, gen, without(c, nil)})
+	find := func(member string, t *theirFlows) {
+		if time.Since(t.died) > flowsBereaved {
+			clear(t.flows)
+		}
+		for w, c := range t.flows {
+			if gen, here := f.has(w.vip); here && !t.told[w] && len(c) > 0 {
+				t.told[w] = true
+				all = append(all, news{w, member, t, gen, without(c, nil)})
 			}
 		}
 	}
 	for member, t := range f.theirs {
-		if f.silent(member) {
-			find(member, t.flows, t.told)
+		switch {
+		case !f.silent(member):
+			t.died = time.Time{}
+			continue
+		case t.died.IsZero():
+			t.died = time.Now()
 		}
+		find(member, t)
 	}
 	for member, t := range f.past {
-		find(member, t.flows, t.told)
+		find(member, t)
 	}
 	return all
 }
 
-// notify tells clients, as long as the VIP stays here.
+// notify tells clients, as long as the VIP stays here. Where it went before they were told
+// once, they are told when it comes back.
 func (f *flows) notify(ctx context.Context, n news) {
+	told, gone := false, false
+	defer func() {
+		if told {
+			return
+		}
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		n.of.told[n.through] = false
+		if gone {
+			poke(f.wake) // it may be back already
+		}
+	}()
 	f.log.Info("telling clients that who served them is gone", "vip", n.vip, "peer", n.member, "connections", len(n.clients))
 	begun := time.Now()
 	for _, at := range tellAt {
@@ -380,13 +426,13 @@ func (f *flows) notify(ctx context.Context, n news) {
 			return
 		case <-time.After(time.Until(begun.Add(at))):
 		}
-		f.mu.Lock()
-		gen, here := f.taken[n.vip]
-		f.mu.Unlock()
-		if !here || gen != n.gen {
+		if gen, here := f.has(n.vip); !here || gen != n.gen {
+			gone = true
 			return
 		}
-		if err := f.tell(ctx, netip.AddrPortFrom(f.vips[n.vip], n.port), n.clients); err != nil && ctx.Err() == nil {
+		err := f.tell(ctx, netip.AddrPortFrom(f.vips[n.vip], n.port), n.clients)
+		told = told || err == nil
+		if err != nil && ctx.Err() == nil {
 			f.log.Warn("could not tell every client", "vip", n.vip, "peer", n.member, "error", err)
 		}
 	}

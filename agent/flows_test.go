@@ -2,9 +2,12 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -162,5 +165,80 @@ func TestNotifyStopsWhenTheVIPGoes(t *testing.T) {
 	f.notify(t.Context(), news{through: through{"v4", 16443}, member: "cp-1", gen: 1, clients: hosts("10.77.0.50:4000")})
 	if sent != 1 {
 		t.Errorf("sent %d times, want once", sent)
+	}
+}
+
+// A VIP that goes before the clients were told once has them told when it is back; those
+// of a member that died long ago are left alone.
+func TestClientsAreToldOnceAndInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		owner, has, _ := testFlows("cp-1")
+		taker, _, dead := testFlows("cp-2")
+		*has = hosts("10.77.0.50:4000", "[fd77::50]:4002")
+		owner.look()
+		tell(owner, taker)
+		sent := map[netip.AddrPort]int{}
+		refused := errors.New("refused")
+		taker.tell = func(_ context.Context, vip netip.AddrPort, _ []netip.AddrPort) error {
+			sent[vip]++
+			return refused
+		}
+		notify := func() {
+			for _, n := range taker.bereaved() {
+				taker.notify(t.Context(), n)
+			}
+		}
+		v4, v6 := netip.AddrPortFrom(flowVIP, 16443), netip.AddrPortFrom(flowVIP6, 16443)
+		dead["cp-1"] = true
+		notify() // which notices the death
+		taker.took("v4", 1)
+		all := taker.bereaved()
+		taker.gave("v4")
+		for _, n := range all {
+			taker.notify(t.Context(), n)
+		}
+		if len(sent) > 0 {
+			t.Errorf("told without the VIP: %v", sent)
+		}
+		taker.took("v4", 2)
+		notify() // and nobody could be told
+		refused = nil
+		notify()
+		notify()
+		if want := 2 * len(tellAt); sent[v4] != want {
+			t.Errorf("told %d times, want %d", sent[v4], want)
+		}
+		time.Sleep(flowsBereaved)
+		taker.took("v6", 1)
+		notify()
+		if sent[v6] > 0 {
+			t.Error("told of a death that is too long ago")
+		}
+		// It comes back, and dies again.
+		dead["cp-1"] = false
+		tell(owner, taker)
+		dead["cp-1"] = true
+		notify()
+		if sent[v6] != len(tellAt) {
+			t.Errorf("told %d times of the second death", sent[v6])
+		}
+	})
+}
+
+// Whoever takes an address off does not wait for those who pack, compare or copy.
+func TestFlowsDoNotHoldUpTheKeeper(t *testing.T) {
+	f, _, _ := testFlows("cp-2")
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f.took("v4", 1)
+		f.gave("v4")
+	}()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Fatal("taking an address off waits for what is known of clients")
 	}
 }

@@ -27,8 +27,9 @@ type keeper struct {
 	kernel   kernel
 	lifetime time.Duration
 	report   func(ownership.AddressState)
-	// announce and silence tell the segment; neither blocks.
-	announce func(vip string, epoch int64)
+	// announce and silence tell the segment; neither blocks. An announced hold is silenced
+	// later, never before.
+	announce func(ownership.Hold)
 	silence  func(vip string)
 	// take and give are called before an address is put on, and before it is taken off
 	// because it goes to another member; held each time it was put on or renewed. They
@@ -161,7 +162,7 @@ func (k *keeper) observed(s *slot, before ownership.Hold, held []vip.Address) {
 	if current && has {
 		// Under the lock: whoever takes the address off changes the slot first, and then
 		// silences it.
-		k.announce(s.addr.VIP, before.Epoch)
+		k.announce(before)
 	}
 	s.mu.Unlock()
 	if !current {

@@ -73,8 +73,10 @@ var refusals = map[ownership.Refusal]error{
 
 // MoveVip implements server.ControlSink.
 func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, send func(*hameshv1.MoveVipResponse) error) error {
-	incoming, _ := metadata.FromIncomingContext(ctx)
-	o, err := m.take(request, server.Caller(ctx), len(incoming.Get(passedOn)) > 0)
+	if err := m.check(request); err != nil {
+		return err
+	}
+	o, err := m.take(request, server.Caller(ctx), isPassedOn(ctx))
 	if err != nil {
 		return err
 	}
@@ -96,6 +98,27 @@ func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, s
 			return ctx.Err()
 		}
 	}
+}
+
+// isPassedOn says whether another member has passed an order on. Who is none has its order
+// told and passed on as anybody else's, whatever it sets.
+func isPassedOn(ctx context.Context) bool {
+	incoming, _ := metadata.FromIncomingContext(ctx)
+	return server.ByAgent(ctx) && len(incoming.Get(passedOn)) > 0
+}
+
+// check refuses what names nothing that there is, before it is remembered and told.
+func (m *moves) check(r *hameshv1.MoveVipRequest) error {
+	if n := len(r.GetRequestId()); n > requestLength {
+		return fmt.Errorf("%d bytes, more than %d: %w", n, requestLength, server.ErrRequestID)
+	}
+	if !m.agent.hasVIP(r.GetVip()) {
+		return fmt.Errorf("%.100q: %w", r.GetVip(), server.ErrVIPUnknown)
+	}
+	if to := r.GetTo(); to != "" && !m.agent.hasMember(to) {
+		return fmt.Errorf("%.100q: %w", to, server.ErrNodeUnknown)
+	}
+	return nil
 }
 
 // take finds the order of a repeated request, or begins a new one.
@@ -146,14 +169,6 @@ func (m *moves) begin(ctx context.Context, o *order) {
 	a, name, to := m.agent, o.request.GetVip(), o.request.GetTo()
 	if !o.passedOn { // else told by the member that was asked
 		a.teller.move(hameshv1.EventKind_EVENT_KIND_MOVE_REQUESTED, o, "")
-	}
-	if !a.hasVIP(name) {
-		m.end(o, fmt.Errorf("%q: %w", name, server.ErrVIPUnknown))
-		return
-	}
-	if to != "" && !a.hasMember(to) {
-		m.end(o, fmt.Errorf("%q: %w", to, server.ErrNodeUnknown))
-		return
 	}
 	view, ok := a.loop.view(ctx)
 	if !ok {

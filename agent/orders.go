@@ -33,6 +33,9 @@ const (
 	// inForceWithin is how long the answer to an order waits until this member has applied
 	// it, which takes a poll; the order is kept all the same.
 	inForceWithin = time.Second
+	// untoldFor is how long an order that the store has not answered for may turn out to be
+	// kept: etcd gives up its proposals after seconds.
+	untoldFor = time.Minute
 )
 
 // orders are what operators want of nodes and backends: kept in the store, so that they
@@ -47,10 +50,13 @@ type orders struct {
 	inForce map[store.Subject]store.Order
 	applied int64         // revision of inForce
 	changed chan struct{} // closed and replaced when they were applied
+	// untold are the events of orders given through this member, by request, until those are
+	// known to be kept.
+	untold map[string]*hameshv1.Event
 }
 
 func newOrders(a *Agent) *orders {
-	return &orders{agent: a, newest: make(chan store.Orders, 1), changed: make(chan struct{})}
+	return &orders{agent: a, newest: make(chan store.Orders, 1), changed: make(chan struct{}), untold: map[string]*hameshv1.Event{}}
 }
 
 // put takes what the store says, in place of what it said before. It does not block.
@@ -92,7 +98,39 @@ func (o *orders) apply(now store.Orders) {
 	close(o.changed)
 	o.changed = make(chan struct{})
 	o.mu.Unlock()
+	o.tellKept(now.Answered)
 	o.agent.board.notify()
+}
+
+// tellKept tells of the requests that turn out to be kept.
+func (o *orders) tellKept(kept func(request string) bool) {
+	o.mu.Lock()
+	var all []string
+	for request := range o.untold {
+		if kept(request) {
+			all = append(all, request)
+		}
+	}
+	o.mu.Unlock()
+	for _, request := range all {
+		o.tell(request)
+	}
+}
+
+// tell records the event of a request that is kept, once.
+func (o *orders) tell(request string) {
+	if event := o.forget(request); event != nil {
+		o.agent.events.record(event)
+	}
+}
+
+// forget returns the event of a request that has not been told, which it then never is.
+func (o *orders) forget(request string) *hameshv1.Event {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	event := o.untold[request]
+	delete(o.untold, request)
+	return event
 }
 
 // of is what becomes of a backend by the orders in force.
@@ -116,9 +154,9 @@ func wanted(inForce map[store.Subject]store.Order, proxy string, b config.Backen
 	return health.Serve
 }
 
-// await returns when the orders of that revision have been applied here, or it takes too
-// long.
-func (o *orders) await(ctx context.Context, revision int64) {
+// await returns when the orders of that revision have been applied here, or with false when
+// it takes too long.
+func (o *orders) await(ctx context.Context, revision int64) bool {
 	ctx, cancel := context.WithTimeout(ctx, inForceWithin)
 	defer cancel()
 	for {
@@ -126,12 +164,12 @@ func (o *orders) await(ctx context.Context, revision int64) {
 		done, changed := o.applied >= revision, o.changed
 		o.mu.Unlock()
 		if done {
-			return
+			return true
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return
+			return false
 		}
 	}
 }
@@ -173,7 +211,7 @@ func (o *orders) DrainNode(ctx context.Context, r *hameshv1.DrainNodeRequest) (*
 		return nil, err
 	}
 	subject := store.Subject{Node: node}
-	changed, err := o.give(ctx, r.GetRequestId(), "drain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
+	changed, pending, err := o.give(ctx, r.GetRequestId(), "drain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
 		if now.InForce[subject].State == nodeDrained {
 			return nil, nil
 		}
@@ -183,7 +221,7 @@ func (o *orders) DrainNode(ctx context.Context, r *hameshv1.DrainNodeRequest) (*
 		return map[store.Subject]*store.Order{subject: given(ctx, nodeDrained)}, nil
 	}, &hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_NODE_DRAINED, Peer: node,
 		Message: node + " gives up its VIPs and takes none", Reason: "an operator's order"})
-	return &hameshv1.DrainNodeResponse{Changed: changed}, err
+	return &hameshv1.DrainNodeResponse{Changed: changed, Pending: pending}, err
 }
 
 // UndrainNode implements server.ControlSink.
@@ -193,14 +231,14 @@ func (o *orders) UndrainNode(ctx context.Context, r *hameshv1.UndrainNodeRequest
 		return nil, err
 	}
 	subject := store.Subject{Node: node}
-	changed, err := o.give(ctx, r.GetRequestId(), "undrain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
+	changed, pending, err := o.give(ctx, r.GetRequestId(), "undrain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
 		if _, ordered := now.InForce[subject]; !ordered {
 			return nil, nil
 		}
 		return map[store.Subject]*store.Order{subject: nil}, nil
 	}, &hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_NODE_UNDRAINED, Peer: node,
 		Message: node + " may take VIPs again", Reason: "an operator's order"})
-	return &hameshv1.UndrainNodeResponse{Changed: changed}, err
+	return &hameshv1.UndrainNodeResponse{Changed: changed, Pending: pending}, err
 }
 
 var backendOrders = map[hameshv1.BackendOrder]struct {
@@ -227,7 +265,7 @@ func (o *orders) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStat
 		response.Proxies = append(response.Proxies, s.cfg.Name)
 	}
 	what := fmt.Sprintf("make backend %s of %s %s", r.GetBackend(), strings.Join(response.Proxies, " and "), want.word)
-	response.Changed, err = o.give(ctx, r.GetRequestId(), what, func(now store.Orders) (map[store.Subject]*store.Order, error) {
+	response.Changed, response.Pending, err = o.give(ctx, r.GetRequestId(), what, func(now store.Orders) (map[store.Subject]*store.Order, error) {
 		writes := map[store.Subject]*store.Order{}
 		for _, s := range services {
 			subject := store.Subject{Proxy: s.cfg.Name, Backend: r.GetBackend()}
@@ -252,34 +290,45 @@ func given(ctx context.Context, state string) *store.Order {
 }
 
 // give has the store keep an order, waits until it is in force here, and records the
-// event where something has changed by it.
-func (o *orders) give(ctx context.Context, request, what string, judge func(store.Orders) (map[store.Subject]*store.Order, error), event *hameshv1.Event) (changed bool, err error) {
+// event where something has changed by it; pending: that wait was in vain.
+func (o *orders) give(ctx context.Context, request, what string, judge func(store.Orders) (map[store.Subject]*store.Order, error), event *hameshv1.Event) (changed, pending bool, err error) {
 	if len(request) > requestLength {
-		return false, fmt.Errorf("%d bytes, more than %d: %w", len(request), requestLength, server.ErrRequestID)
+		return false, false, fmt.Errorf("%d bytes, more than %d: %w", len(request), requestLength, server.ErrRequestID)
 	}
-	judged := false // else it is a repeated request
+	request = cmp.Or(request, uuid.NewString())
+	event.By = server.Caller(ctx)
 	revision, changed, err := o.agent.store.Give(ctx, store.Wish{
-		Request: cmp.Or(request, uuid.NewString()), What: what,
+		Request: request, What: what,
 		Judge: func(now store.Orders) (map[store.Subject]*store.Order, error) {
-			judged = true
-			return judge(now)
+			writes, err := judge(now)
+			o.forget(request)
+			if err == nil && len(writes) > 0 {
+				o.mu.Lock()
+				o.untold[request] = event
+				o.mu.Unlock()
+			}
+			return writes, err
 		},
 	})
 	switch {
 	case errors.Is(err, store.ErrUnavailable):
-		return false, fmt.Errorf("%s: %w: %w", what, server.ErrStoreUnavailable, err)
+		// It may be kept all the same, and told by whoever sees that.
+		time.AfterFunc(untoldFor, func() { o.forget(request) })
+		return false, false, fmt.Errorf("%s: %w: %w", what, server.ErrStoreUnavailable, err)
 	case errors.Is(err, store.ErrRequestReused):
-		return false, fmt.Errorf("%s: %w: %w", what, server.ErrRequestID, err)
+		return false, false, fmt.Errorf("%s: %w: %w", what, server.ErrRequestID, err)
 	case err != nil:
-		return false, err
+		return false, false, err
 	}
-	o.await(ctx, revision)
-	if judged && changed {
+	pending = !o.await(ctx, revision)
+	switch {
+	case changed && pending:
+		o.agent.log.Warn("order kept, and not in force here yet: "+what, "caller", server.Caller(ctx))
+	case changed:
 		o.agent.log.Info("order in force: "+what, "caller", server.Caller(ctx))
-		event.By = server.Caller(ctx)
-		o.agent.events.record(event)
 	}
-	return changed, nil
+	o.tell(request)
+	return changed, pending, nil
 }
 
 // checkMember refuses a node that is not in the configuration.
@@ -322,7 +371,7 @@ func (o *orders) find(proxy, backend string) (found []*service, err error) {
 // unknown names what exists beside what was asked for.
 func unknown(name string, exist []string, err error) error {
 	slices.Sort(exist)
-	return fmt.Errorf("%q: %w; there are: %s", name, err, cmp.Or(strings.Join(slices.Compact(exist), ", "), "none"))
+	return fmt.Errorf("%.100q: %w; there are: %s", name, err, cmp.Or(strings.Join(slices.Compact(exist), ", "), "none"))
 }
 
 // spare says whether another backend of the service is up, with those orders in force.

@@ -37,14 +37,15 @@ type teller struct {
 	record func(*hameshv1.Event)
 
 	mu     sync.Mutex
-	rights map[string]ownership.Right // VIP → the right of this member that was told last
-	gained map[string]time.Time       // VIP → when this member last got it
-	words  map[string]uint64          // member → boot of which its guard's word was told
-	off    map[string]bool            // VIPs whose address was told to be missing
+	rights map[string]ownership.Right  // VIP → the right of this member that was told last
+	gained map[string]time.Time        // VIP → when this member last got it
+	begun  map[string]ownership.Change // VIP → a right that may be that of the beginning alone
+	words  map[string]uint64           // member → boot of which its guard's word was told
+	off    map[string]bool             // VIPs whose address was told to be missing
 }
 
 func newTeller(self string, record func(*hameshv1.Event)) *teller {
-	return &teller{self: self, record: record, rights: map[string]ownership.Right{}, gained: map[string]time.Time{}, words: map[string]uint64{}, off: map[string]bool{}}
+	return &teller{self: self, record: record, rights: map[string]ownership.Right{}, gained: map[string]time.Time{}, begun: map[string]ownership.Change{}, words: map[string]uint64{}, off: map[string]bool{}}
 }
 
 // rightReasons say why this member holds what it owns by that right.
@@ -68,6 +69,7 @@ func (t *teller) owned(was tenure, ok bool, c ownership.Change) {
 	case !ok: // it has come to know who owned it all along
 		return
 	case c.Epoch != was.epoch || c.Owner != was.owner:
+		delete(t.begun, c.VIP)
 		switch t.self {
 		case c.Owner:
 			event.Kind, event.Message = hameshv1.EventKind_EVENT_KIND_VIP_GAINED, t.self+" owns "+c.VIP
@@ -81,21 +83,51 @@ func (t *teller) owned(was tenure, ok bool, c ownership.Change) {
 			return
 		}
 	case strings.HasPrefix(c.Text, "right "):
-		// Taking over gives a right by the store, until the first heartbeat is confirmed.
-		begins := c.Right == ownership.Reasserted && time.Since(t.gained[c.VIP]) < beginning
-		if c.Owner != t.self || c.Right == t.rights[c.VIP] || begins {
-			return
+		delete(t.begun, c.VIP)
+		switch {
+		case c.Owner != t.self:
+		case c.Right == ownership.Reasserted && time.Since(t.gained[c.VIP]) < beginning:
+			// Taking over gives a right by the store, until the first heartbeat is confirmed.
+			t.begun[c.VIP] = c
+		default:
+			t.right(c.VIP, c.Epoch, c.Right)
 		}
-		t.rights[c.VIP] = c.Right
-		event.Kind, event.Reason = hameshv1.EventKind_EVENT_KIND_RIGHT_CHANGED, rightReasons[c.Right]
-		event.Message = t.self + " holds " + c.VIP + " by right " + c.Right.String()
-		if c.Right == ownership.NoRight {
-			event.Message = t.self + " holds " + c.VIP + " no more"
-		}
+		return
 	default:
 		event.Kind, event.Message, event.Reason = hameshv1.EventKind_EVENT_KIND_ADDRESS_CONFLICT, t.self+" "+c.Text, ""
 	}
 	t.record(event)
+}
+
+// right tells the right by which this member holds a VIP now, unless it was told; t.mu is
+// held.
+func (t *teller) right(vip string, epoch int64, right ownership.Right) {
+	if right == t.rights[vip] {
+		return
+	}
+	t.rights[vip] = right
+	event := &hameshv1.Event{
+		Kind: hameshv1.EventKind_EVENT_KIND_RIGHT_CHANGED, Vip: vip, Epoch: epoch, Reason: rightReasons[right],
+		Message: t.self + " holds " + vip + " by right " + right.String(),
+	}
+	if right == ownership.NoRight {
+		event.Message = t.self + " holds " + vip + " no more"
+	} else {
+		event.Right = rightToProto(right).Enum()
+	}
+	t.record(event)
+}
+
+// stayed tells the rights that have outlasted the beginning.
+func (t *teller) stayed() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for vip, c := range t.begun {
+		if time.Since(t.gained[vip]) >= beginning {
+			delete(t.begun, vip)
+			t.right(vip, c.Epoch, c.Right)
+		}
+	}
 }
 
 // withdrawn takes the word of a member's guard, which may come several times.
@@ -198,6 +230,7 @@ func (t *teller) watch(ctx context.Context, status func() *hameshv1.GetStatusRes
 	for {
 		next := changed()
 		is := status()
+		t.stayed()
 		if ctx.Err() != nil {
 			return nil // what an agent that ends sees is no news
 		}
@@ -242,7 +275,8 @@ func well(s *hameshv1.GetStatusResponse) *hameshv1.GetStatusResponse {
 }
 
 // differences makes events of what is different between two statuses of one member. What
-// an operator has ordered is left out: whoever took the order has told it.
+// an operator has ordered is left out: whoever took the order has told it. A disabled
+// backend, which does not show whether it is up, becomes in now what it was before.
 func differences(was, now *hameshv1.GetStatusResponse) (all []*hameshv1.Event) {
 	for i, n := range now.GetNodes() {
 		before, after := standing(was.GetNodes()[i].GetState()), standing(n.GetState())
@@ -265,8 +299,11 @@ func differences(was, now *hameshv1.GetStatusResponse) (all []*hameshv1.Event) {
 		before[[2]string{b.GetProxy(), b.GetName()}] = b.GetState()
 	}
 	for _, b := range now.GetBackends() {
+		if b.GetState() == hameshv1.BackendState_BACKEND_STATE_DISABLED {
+			b.State = before[[2]string{b.GetProxy(), b.GetName()}]
+		}
 		event := &hameshv1.Event{Proxy: b.GetProxy(), Backend: b.GetName(), Reason: b.GetReason()}
-		switch was, is := before[[2]string{b.GetProxy(), b.GetName()}], b.GetState(); {
+		switch was, is := serving(before[[2]string{b.GetProxy(), b.GetName()}]), serving(b.GetState()); {
 		case was == hameshv1.BackendState_BACKEND_STATE_UP && is == hameshv1.BackendState_BACKEND_STATE_DOWN:
 			event.Kind, event.Message = hameshv1.EventKind_EVENT_KIND_BACKEND_DOWN, "API server "+b.GetName()+" is down"
 		case was == hameshv1.BackendState_BACKEND_STATE_DOWN && is == hameshv1.BackendState_BACKEND_STATE_UP:
@@ -289,6 +326,14 @@ func differences(was, now *hameshv1.GetStatusResponse) (all []*hameshv1.Event) {
 func standing(s hameshv1.NodeState) hameshv1.NodeState {
 	if s == hameshv1.NodeState_NODE_STATE_DRAINED {
 		return hameshv1.NodeState_NODE_STATE_READY
+	}
+	return s
+}
+
+// serving is a backend's state, an order to drain it aside: what is down is not draining.
+func serving(s hameshv1.BackendState) hameshv1.BackendState {
+	if s == hameshv1.BackendState_BACKEND_STATE_DRAINING {
+		return hameshv1.BackendState_BACKEND_STATE_UP
 	}
 	return s
 }

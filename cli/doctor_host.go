@@ -1,8 +1,6 @@
 package cli
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"sigs.k8s.io/yaml"
 
@@ -43,52 +42,112 @@ func (d *doctor) hostChecks() []check {
 	}
 }
 
-// text reads a small file; one that is not there is empty.
+// text reads a small file; one that is not there is empty, and so is one of a process that
+// has just ended (ESRCH, proc(5)).
 func (d *doctor) text(name string) (string, error) {
 	b, err := fs.ReadFile(d.root, name)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
 		return "", nil
 	}
 	return strings.TrimSpace(string(b)), err
 }
 
 // number reads a file that holds a number; 0 where it is not there.
-func (d *doctor) number(name string) int {
-	text, _ := d.text(name) // unreadable is as good as absent
-	n, _ := strconv.Atoi(text)
-	return n
+func (d *doctor) number(name string) (int, error) {
+	text, err := d.text(name)
+	if text == "" || err != nil {
+		return 0, err
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		return 0, fmt.Errorf("/%s: %w", name, err)
+	}
+	return n, nil
+}
+
+// glob lists the files of a pattern, as fs.Glob does, and says which directories and files
+// it could not look at, which fs.Glob does not.
+func (d *doctor) glob(pattern string) (found []string, _ error) {
+	dir, name := path.Split(pattern)
+	dirs, err := []string{path.Clean(dir)}, error(nil)
+	if strings.Contains(dir, "*") {
+		dirs, err = d.glob(dirs[0])
+	}
+	errs := []error{err}
+	for _, dir := range dirs {
+		info, err := fs.Stat(d.root, dir)
+		if err == nil && !info.IsDir() {
+			continue
+		}
+		var files []fs.DirEntry
+		if err == nil {
+			files, err = fs.ReadDir(d.root, dir)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		for _, f := range files {
+			if ok, err := path.Match(name, f.Name()); err != nil {
+				return nil, fmt.Errorf("%s: %w", pattern, err)
+			} else if ok {
+				found = append(found, path.Join(dir, f.Name()))
+			}
+		}
+	}
+	return found, errors.Join(errs...)
+}
+
+// elsewhere is why the interfaces that the status names say nothing of this machine; nil:
+// they are its own.
+func (d *doctor) elsewhere() error {
+	if by := d.status.GetReportedBy(); by != d.self {
+		return fmt.Errorf("%s has answered, which knows its own interfaces alone: ask this member itself (--endpoint)", by)
+	}
+	return nil
 }
 
 // sysctl returns the value in force of a setting of which the kernel takes the higher one
 // of all and the interface's (IN_DEV_MAXCONF, include/linux/inetdevice.h).
-func (d *doctor) sysctl(ifname, name string) int {
+func (d *doctor) sysctl(ifname, name string) (int, error) {
 	const conf = "proc/sys/net/ipv4/conf/"
-	return max(d.number(conf+"all/"+name), d.number(conf+ifname+"/"+name))
+	all, err := d.number(conf + "all/" + name)
+	own, ownErr := d.number(conf + ifname + "/" + name)
+	return max(all, own), errors.Join(err, ownErr)
 }
 
 func (d *doctor) kernelSettings(context.Context) (all []finding, _ error) {
+	if err := d.elsewhere(); err != nil {
+		return nil, err
+	}
 	routes, err := d.text("proc/net/route")
+	errs := []error{err}
 	for _, v := range d.status.GetVips() {
 		ifname := v.GetInterface()
 		switch {
 		case ifname == "": // a witness
 		case strings.Contains(v.GetAddress(), ":"):
 			const conf = "proc/sys/net/ipv6/conf/"
-			if d.number(conf+ifname+"/disable_ipv6") == 1 {
+			disabled, err := d.number(conf + ifname + "/disable_ipv6")
+			errs = append(errs, err)
+			if disabled == 1 {
 				all = append(all, finding{
 					Code: "IPV6_DISABLED", Node: d.self, Found: fmt.Sprintf("IPv6 is disabled on %s, where %s belongs", ifname, v.GetAddress()),
 					Why: "the kernel refuses the address there", Fix: "sysctl -w net.ipv6.conf." + ifname + ".disable_ipv6=0, and in /etc/sysctl.d",
 				})
 			}
 		default:
-			if ignore := d.sysctl(ifname, "arp_ignore"); ignore == 2 || ignore == 8 {
+			ignore, err := d.sysctl(ifname, "arp_ignore")
+			errs = append(errs, err)
+			if ignore == 2 || ignore == 8 {
 				all = append(all, finding{
 					Code: "ARP_IGNORED", Node: d.self, Found: fmt.Sprintf("arp_ignore is %d on %s", ignore, ifname),
 					Why: "the kernel does not answer who asks for " + v.GetAddress() + ", which has no subnet of its own",
 					Fix: "sysctl -w net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf." + ifname + ".arp_ignore=1, and in /etc/sysctl.d",
 				})
 			}
-			if away := defaultRoute(routes); d.sysctl(ifname, "rp_filter") == 1 && away != "" && away != ifname {
+			filter, err := d.sysctl(ifname, "rp_filter")
+			errs = append(errs, err)
+			if away := defaultRoute(routes); filter == 1 && away != "" && away != ifname {
 				all = append(all, finding{
 					Code: "RP_FILTER_STRICT", Node: d.self, Found: fmt.Sprintf("rp_filter is strict (1) on %s, and the default route leaves by %s", ifname, away),
 					Why: "the kernel drops, without a word, clients that come from other subnets to " + v.GetAddress() + " on " + ifname,
@@ -97,7 +156,7 @@ func (d *doctor) kernelSettings(context.Context) (all []finding, _ error) {
 			}
 		}
 	}
-	return all, err
+	return all, errors.Join(errs...)
 }
 
 // defaultRoute is the interface of the IPv4 default route with the lowest metric in
@@ -118,9 +177,10 @@ func defaultRoute(routes string) (ifname string) {
 
 func (d *doctor) conntrack(context.Context) ([]finding, error) {
 	const dir = "proc/sys/net/netfilter/nf_conntrack_"
-	used, most := d.number(dir+"count"), d.number(dir+"max")
-	if most == 0 || used*100 < most*conntrackFull {
-		return nil, nil
+	used, usedErr := d.number(dir + "count")
+	most, err := d.number(dir + "max")
+	if err = errors.Join(usedErr, err); err != nil || most == 0 || used*100 < most*conntrackFull {
+		return nil, err
 	}
 	return []finding{{
 		Code: "CONNTRACK_FULL", Node: d.self, Found: fmt.Sprintf("the kernel tracks %d connections of at most %d", used, most),
@@ -130,20 +190,23 @@ func (d *doctor) conntrack(context.Context) ([]finding, error) {
 }
 
 // processes returns the ids of those of that name (proc_pid_comm(5)).
-func (d *doctor) processes(name string) (pids []string) {
-	files, _ := fs.Glob(d.root, "proc/[0-9]*/comm") // fails for a bad pattern alone
-	for _, f := range files {
-		if comm, err := d.text(f); err == nil && comm == name {
-			pids = append(pids, path.Base(path.Dir(f)))
+func (d *doctor) processes(name string) (pids []string, _ error) {
+	dirs, err := d.glob("proc/[0-9]*")
+	errs := []error{err}
+	for _, dir := range dirs {
+		comm, err := d.text(dir + "/comm")
+		errs = append(errs, err)
+		if comm == name {
+			pids = append(pids, path.Base(dir))
 		}
 	}
-	return pids
+	return pids, errors.Join(errs...)
 }
 
 func (d *doctor) descriptors(context.Context) (all []finding, err error) {
-	pids := d.processes("hameshd")
+	pids, err := d.processes("hameshd")
 	if len(pids) == 0 {
-		return nil, errors.New("no process named hameshd is seen from here")
+		return nil, errors.Join(errors.New("no process named hameshd is seen from here"), err)
 	}
 	for _, pid := range pids {
 		limits, err := d.text("proc/" + pid + "/limits")
@@ -169,6 +232,9 @@ func (d *doctor) descriptors(context.Context) (all []finding, err error) {
 // networkd finds interfaces that systemd-networkd manages in a way in which it takes off
 // addresses that are not its own (systemd.network(5), KeepConfiguration).
 func (d *doctor) networkd(context.Context) (all []finding, _ error) {
+	if err := d.elsewhere(); err != nil {
+		return nil, err
+	}
 	seen := map[string]bool{}
 	for _, v := range d.status.GetVips() {
 		ifname := v.GetInterface()
@@ -176,7 +242,11 @@ func (d *doctor) networkd(context.Context) (all []finding, _ error) {
 			continue
 		}
 		seen[ifname] = true
-		state, err := d.text("run/systemd/netif/links/" + fmt.Sprint(d.number("sys/class/net/"+ifname+"/ifindex")))
+		index, err := d.number("sys/class/net/" + ifname + "/ifindex")
+		if err != nil {
+			return all, err
+		}
+		state, err := d.text("run/systemd/netif/links/" + fmt.Sprint(index))
 		if err != nil {
 			return all, err
 		}
@@ -228,18 +298,25 @@ func (d *doctor) mentions(address string, patterns ...string) (all []mention, _ 
 	word := regexp.MustCompile(`(^|[^0-9A-Za-z.:])` + regexp.QuoteMeta(address) + `($|[^0-9A-Za-z.])`)
 	var errs []error
 	for _, p := range patterns {
-		files, _ := fs.Glob(d.root, p) // fails for a bad pattern alone
+		files, err := d.glob(p)
+		errs = append(errs, err)
 		for _, f := range files {
-			if info, err := fs.Stat(d.root, f); err != nil || !info.Mode().IsRegular() || info.Size() > 1<<20 {
+			info, err := fs.Stat(d.root, f)
+			switch {
+			case errors.Is(err, fs.ErrNotExist): // a link to nowhere
 				continue
-			}
-			b, err := fs.ReadFile(d.root, f)
-			if err != nil {
-				errs = append(errs, err)
+			case err == nil && !info.Mode().IsRegular():
 				continue
+			case err == nil && info.Size() > 1<<20:
+				err = fmt.Errorf("/%s has %d bytes, which is too much to look through", f, info.Size())
 			}
-			for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
-				line := strings.TrimSpace(lines.Text())
+			var text string
+			if err == nil {
+				text, err = d.text(f)
+			}
+			errs = append(errs, err)
+			for line := range strings.Lines(text) {
+				line = strings.TrimSpace(line)
 				if line != "" && !strings.ContainsAny(line[:1], "#;!") && word.MatchString(line) {
 					all = append(all, mention{f, line})
 				}
@@ -285,7 +362,9 @@ func (d *doctor) rivals(context.Context) ([]finding, error) {
 				continue
 			}
 			running := ""
-			if len(d.processes(r.name)) > 0 {
+			pids, err := d.processes(r.name)
+			errs = append(errs, err)
+			if len(pids) > 0 {
 				running = ", and runs"
 			}
 			all = append(all, finding{

@@ -150,6 +150,108 @@ func TestDoctorWithoutPrivilege(t *testing.T) {
 	}
 }
 
+// barred is a machine on which files and directories below these may not be looked at.
+type barred struct {
+	fstest.MapFS
+	names []string
+}
+
+func (b barred) Open(name string) (fs.File, error) {
+	for _, n := range b.names {
+		if name == n || strings.HasPrefix(name, n+"/") {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrPermission}
+		}
+	}
+	return b.MapFS.Open(name)
+}
+
+func (b barred) ReadFile(name string) ([]byte, error) {
+	if _, err := b.Open(name); err != nil {
+		return nil, err
+	}
+	return b.MapFS.ReadFile(name)
+}
+
+func (b barred) ReadDir(name string) ([]fs.DirEntry, error) {
+	if _, err := b.Open(name); err != nil {
+		return nil, err
+	}
+	return b.MapFS.ReadDir(name)
+}
+
+func (b barred) Stat(name string) (fs.FileInfo, error) {
+	for _, n := range b.names {
+		if strings.HasPrefix(name, n+"/") { // the name itself is in a directory that is open
+			return nil, &fs.PathError{Op: "stat", Path: name, Err: fs.ErrPermission}
+		}
+	}
+	return b.MapFS.Stat(name)
+}
+
+// TestDoctorBarred bars the way to one place after the other: the checks that look there
+// are incomplete, and no other.
+func TestDoctorBarred(t *testing.T) {
+	root := fstest.MapFS{}
+	for _, file := range []string{
+		"proc/7/comm", "proc/7/limits", "proc/net/route", "proc/sys/net/ipv4/conf/eth0/rp_filter", "proc/sys/net/netfilter/nf_conntrack_max",
+		"sys/class/net/eth0/ifindex", "etc/keepalived/conf.d/a.conf", "etc/netplan/50.yaml", "etc/kubernetes/manifests/etcd.yaml", "etc/large",
+	} {
+		root[file] = &fstest.MapFile{Data: []byte("1\n")}
+	}
+	root["proc/7/comm"] = &fstest.MapFile{Data: []byte("hameshd\n")}
+	for name, want := range map[string][]string{
+		"none":                        nil,
+		"proc/sys/net/ipv4/conf/eth0": {"kernel-settings"},
+		"proc/sys/net/netfilter/nf_conntrack_max": {"conntrack"},
+		"proc/7/comm":                        {"descriptors"},
+		"proc/7/limits":                      {"descriptors"},
+		"sys/class/net/eth0":                 {"networkd"},
+		"etc/keepalived":                     {"rivals"},
+		"etc/keepalived/conf.d":              {"rivals"},
+		"etc/netplan":                        {"static-addresses"},
+		"etc/kubernetes/manifests":           {"rivals", "node-addresses"},
+		"etc/kubernetes/manifests/etcd.yaml": {"rivals", "node-addresses"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := healthy()
+			s.Vips[0].Interface = "eth0"
+			d := &doctor{status: s, self: "cp-1", root: barred{root, []string{name}}}
+			r := d.report(t.Context(), d.hostChecks())
+			var incomplete []string
+			for _, c := range r.Checks {
+				if c.Missing != "" {
+					incomplete = append(incomplete, c.Name)
+				}
+			}
+			if !slices.Equal(incomplete, want) {
+				t.Errorf("incomplete: %v, want %v; %+v", incomplete, want, r.Checks)
+			}
+		})
+	}
+	root["etc/netplan/51.yaml"] = &fstest.MapFile{Data: make([]byte, 1<<20+1)}
+	root["etc/netplan/52.yaml"] = &fstest.MapFile{Data: []byte(strings.Repeat("x", 1<<17) + "\naddresses: [10.77.0.100/32]\n")}
+	d := &doctor{status: healthy(), self: "cp-1", root: root}
+	found, err := d.staticAddresses(t.Context())
+	if len(found) != 1 || err == nil || !strings.Contains(err.Error(), "51.yaml") {
+		t.Errorf("%+v, %v", found, err)
+	}
+}
+
+// Another member's word on its interfaces says nothing of this machine.
+func TestDoctorAsksItself(t *testing.T) {
+	s := healthy()
+	s.Vips[0].Interface = "eth0"
+	root := fstest.MapFS{"proc/sys/net/ipv4/conf/eth0/arp_ignore": {Data: []byte("2\n")}}
+	for self, want := range map[string]bool{"cp-1": true, "cp-2": false} {
+		d := &doctor{status: s, self: self, root: root}
+		found, err := d.kernelSettings(t.Context())
+		_, networkdErr := d.networkd(t.Context())
+		if (len(found) == 1) != want || (err == nil) != want || (networkdErr == nil) != want {
+			t.Errorf("on %s: %v, %v, %v", self, found, err, networkdErr)
+		}
+	}
+}
+
 // A machine that is none of Linux has none of the files.
 func TestDoctorElsewhere(t *testing.T) {
 	s := healthy()

@@ -28,16 +28,19 @@ const (
 
 // reachChecks are of what can be reached from here.
 func (d *doctor) reachChecks() []check {
-	servers := sync.OnceValues(d.askBackends)
+	var once sync.Once
+	var answers []answer
+	var err error
+	ask := func(ctx context.Context) { once.Do(func() { answers, err = d.askBackends(ctx) }) }
 	return []check{
 		{"vips", d.vips},
 		{"ports", d.ports},
-		{"api-certificates", func(context.Context) ([]finding, error) {
-			answers, err := servers()
+		{"api-certificates", func(ctx context.Context) ([]finding, error) {
+			ask(ctx)
 			return d.apiCertificates(answers), err
 		}},
-		{"clocks", func(context.Context) ([]finding, error) {
-			answers, err := servers()
+		{"clocks", func(ctx context.Context) ([]finding, error) {
+			ask(ctx)
 			return d.clocks(answers), err
 		}},
 		{"mesh-certificates", d.meshCertificates},
@@ -57,35 +60,42 @@ func each[T any](all []T, f func(T) error) error {
 	return errors.Join(errs...)
 }
 
-// reach connects, and closes the connection.
-func reach(ctx context.Context, host string, port uint32) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// reach connects, and closes the connection. It returns why that cannot be done, or why it
+// was not found out: ctx has ended.
+func reach(ctx context.Context, host string, port uint32) (cannot, err error) {
+	limited, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort(host, fmt.Sprint(port)))
-	if err != nil {
-		return err
+	to := net.JoinHostPort(host, fmt.Sprint(port))
+	conn, cannot := (&net.Dialer{}).DialContext(limited, "tcp", to)
+	switch {
+	case cannot == nil:
+		_ = conn.Close() // nothing was sent
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("%s: %w", to, ctx.Err())
 	}
-	return conn.Close()
+	return cannot, nil
 }
 
 // vips connects to every VIP that somebody has, at the proxies' ports.
-func (d *doctor) vips(ctx context.Context) (all []finding, _ error) {
+func (d *doctor) vips(ctx context.Context) (all []finding, err error) {
 	var mu sync.Mutex
-	return all, each(d.entries(), func(e entry) error {
+	err = each(d.entries(), func(e entry) error {
 		if len(e.vip.GetHolders()) == 0 {
 			return nil // the mesh says so itself
 		}
-		if err := reach(ctx, e.vip.GetAddress(), e.proxy.GetPort()); err != nil {
+		cannot, err := reach(ctx, e.vip.GetAddress(), e.proxy.GetPort())
+		if cannot != nil {
 			mu.Lock()
 			defer mu.Unlock()
 			all = append(all, finding{
-				Code: "VIP_UNREACHABLE", Found: fmt.Sprintf("%s has %s, but port %d of it cannot be reached from here: %v", e.vip.GetOwner(), e.vip.GetAddress(), e.proxy.GetPort(), err),
+				Code: "VIP_UNREACHABLE", Found: fmt.Sprintf("%s has %s, but port %d of it cannot be reached from here: %v", e.vip.GetOwner(), e.vip.GetAddress(), e.proxy.GetPort(), cannot),
 				Why: "clients in the same place get no answer either",
 				Fix: "let that port in on every node's firewall; where nothing answers at all, see that the address belongs to this segment (ip neigh)",
 			})
 		}
-		return nil
+		return err
 	})
+	return all, err
 }
 
 // entry is a way to the API servers.
@@ -133,19 +143,20 @@ func (d *doctor) ports(ctx context.Context) (all []finding, err error) {
 	}
 	var mu sync.Mutex
 	err = each(ports, func(p port) error {
-		if err := reach(ctx, p.node.GetAddress(), p.port); err != nil {
+		cannot, err := reach(ctx, p.node.GetAddress(), p.port)
+		if cannot != nil {
 			hint := "let it in on the firewall of " + p.node.GetName() + " and out on this one"
-			if cause(err) == causeRefused {
+			if cause(cannot) == causeRefused {
 				hint = "start hameshd there, with the same port in its configuration"
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			all = append(all, finding{
-				Code: "PORT_UNREACHABLE", Node: p.node.GetName(), Found: fmt.Sprintf("%s cannot reach port %d of %s: %v", d.self, p.port, p.node.GetName(), err),
+				Code: "PORT_UNREACHABLE", Node: p.node.GetName(), Found: fmt.Sprintf("%s cannot reach port %d of %s: %v", d.self, p.port, p.node.GetName(), cannot),
 				Why: "that is where " + p.of + " speak to each other", Fix: hint,
 			})
 		}
-		return nil
+		return err
 	})
 	slices.SortFunc(all, byText)
 	return all, err
@@ -160,7 +171,7 @@ type answer struct {
 }
 
 // askBackends asks every backend itself.
-func (d *doctor) askBackends() (answers []answer, err error) {
+func (d *doctor) askBackends(ctx context.Context) (answers []answer, err error) {
 	transport := &http.Transport{
 		// Whether the certificate is right is what is to be found out.
 		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
@@ -169,8 +180,12 @@ func (d *doctor) askBackends() (answers []answer, err error) {
 	client := http.Client{Timeout: patience, Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	var mu sync.Mutex
 	err = each(d.status.GetBackends(), func(b *hameshv1.Backend) error {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+b.GetAddress()+"/readyz", nil)
+		if err != nil {
+			return err
+		}
 		asked := time.Now()
-		response, err := client.Get("https://" + b.GetAddress() + "/readyz")
+		response, err := client.Do(request)
 		if err != nil {
 			return err
 		}

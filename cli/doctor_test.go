@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"context"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
@@ -210,6 +211,21 @@ func TestDoctorReaches(t *testing.T) {
 				t.Errorf("found %v, want %v; incomplete %v, want %v\n%+v", got, test.want, incomplete, test.incomplete, found)
 			}
 		})
+	}
+}
+
+// What was not found out because the time is over is no finding.
+func TestDoctorOutOfTime(t *testing.T) {
+	s := insecurely(sound(newAPIServer(t)))
+	s.ApiPort = s.Proxies[0].Port
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	d := &doctor{command: &command{now: func() time.Time { return now }}, status: s, self: "cp-1"}
+	for _, c := range d.reachChecks() {
+		found, err := c.look(ctx)
+		if len(found) > 0 || (err == nil) != (c.name == "mesh-certificates") {
+			t.Errorf("%s: %+v, %v", c.name, found, err)
+		}
 	}
 }
 

@@ -33,7 +33,8 @@ server; established connections go on. The order is kept in the store: it outlas
 restart, and hactl undrain takes it back.
 
 With --wait it prints what is left until nothing is: no VIP, no connection through the
-node that it kept when its VIPs moved, none to its API server. The time-out is then 20m
+node that it kept when its VIPs moved, none to its API server, by the word of every
+member: it does not end while one is not heard. The time-out is then 20m
 unless given; when it ends, or the command is interrupted, the order stays in force.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -111,6 +112,7 @@ outlasts every restart.
 type ordered interface {
 	proto.Message
 	GetChanged() bool
+	GetPending() bool
 }
 
 // order gives one order and prints the answer; give also says what is so now.
@@ -135,6 +137,9 @@ func (c *command) showOrder(response ordered, now string) error {
 	}
 	if !response.GetChanged() {
 		now = "unchanged: " + now
+	}
+	if response.GetPending() {
+		now += "\nthat is kept, but the member that was asked has not read it back yet: see hactl status"
 	}
 	return c.print(now + "\n")
 }
@@ -222,7 +227,8 @@ func (c *command) watchDrain(ctx context.Context, conn *grpc.ClientConn, node st
 }
 
 // whatIsLeft says what keeps a node from being stopped without anybody's noticing; empty:
-// nothing does.
+// nothing does. A member that is not heard may hold a VIP or serve connections that the
+// one that reports does not know of, and one that has just started knows of nothing.
 func whatIsLeft(s *hameshv1.GetStatusResponse, node string) string {
 	stays := ""
 	if slices.ContainsFunc(s.GetProblems(), func(p *hameshv1.Problem) bool { return p.GetCode() == "DRAINED_NODE_OWNS" }) {
@@ -234,9 +240,13 @@ func whatIsLeft(s *hameshv1.GetStatusResponse, node string) string {
 			all = append(all, "VIP "+v.GetName()+stays)
 		}
 	}
+	var unheard []string
 	for _, n := range s.GetNodes() {
 		if kept := n.GetKeptConnections(); n.GetName() == node && kept > 0 {
 			all = append(all, fmt.Sprintf("%d connections through it", kept))
+		}
+		if state := n.GetState(); state == hameshv1.NodeState_NODE_STATE_DOWN || state == hameshv1.NodeState_NODE_STATE_SUSPECT {
+			unheard = append(unheard, n.GetName())
 		}
 	}
 	connections := uint32(0)
@@ -248,8 +258,12 @@ func whatIsLeft(s *hameshv1.GetStatusResponse, node string) string {
 	if connections > 0 {
 		all = append(all, fmt.Sprintf("%d connections to its API server", connections))
 	}
-	if len(all) == 0 {
-		return ""
+	var lines []string
+	if len(all) > 0 {
+		lines = append(lines, "left: "+strings.Join(all, ", "))
 	}
-	return "left: " + strings.Join(all, ", ")
+	if len(unheard) > 0 {
+		lines = append(lines, "not heard: "+strings.Join(unheard, ", "))
+	}
+	return strings.Join(lines, "; ")
 }

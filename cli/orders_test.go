@@ -24,6 +24,7 @@ import (
 type orderly struct {
 	agent
 	changed    bool
+	pending    bool
 	refusal    error
 	events     []*hameshv1.Event
 	unanswered []string
@@ -48,7 +49,7 @@ func (o *orderly) take(order interface {
 }
 
 func (o *orderly) DrainNode(_ context.Context, r *hameshv1.DrainNodeRequest) (*hameshv1.DrainNodeResponse, error) {
-	return &hameshv1.DrainNodeResponse{Changed: o.changed}, o.take(r)
+	return &hameshv1.DrainNodeResponse{Changed: o.changed, Pending: o.pending}, o.take(r)
 }
 
 func (o *orderly) UndrainNode(_ context.Context, r *hameshv1.UndrainNodeRequest) (*hameshv1.UndrainNodeResponse, error) {
@@ -131,6 +132,7 @@ func TestOrders(t *testing.T) {
 	}{
 		{"drain", &orderly{changed: true}, []string{"drain", "cp-1"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
 		{"drain-unchanged", &orderly{}, []string{"drain", "cp-1"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-pending", &orderly{changed: true, pending: true}, []string{"drain", "cp-1"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
 		{"drain-force-json", &orderly{changed: true}, []string{"drain", "cp-1", "--force", "-o", "json"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1", Force: true}},
 		{"drain-wait", &orderly{changed: true, agent: agent{states: all, hang: true}}, []string{"drain", "cp-1", "--wait"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
 		{"drain-wait-idle", &orderly{agent: agent{states: all[4:], hang: true}}, []string{"drain", "cp-1", "--wait"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
@@ -207,6 +209,35 @@ func TestDrainGoesOnElsewhere(t *testing.T) {
 	exit, out, errs := hactl(t.Context(), "drain", "cp-1", "--wait", "--endpoint", listener.Addr().String(), "--endpoint", serveOrderly(t, staying))
 	if exit != exitDone || errs != "" || !strings.Contains(out, "nothing is left") || len(staying.orders) > 0 {
 		t.Errorf("exit %d, orders %v:\n%s%s", exit, staying.orders, out, errs)
+	}
+}
+
+// Whoever does not hear of everybody does not know what is left.
+func TestWhatIsLeft(t *testing.T) {
+	const suspect, down = hameshv1.NodeState_NODE_STATE_SUSPECT, hameshv1.NodeState_NODE_STATE_DOWN
+	for name, test := range map[string]struct {
+		change func(*hameshv1.GetStatusResponse)
+		want   string
+	}{
+		"nothing": {func(*hameshv1.GetStatusResponse) {}, ""},
+		"an agent that has just started": {func(s *hameshv1.GetStatusResponse) {
+			s.Vips[0].Owner, s.Vips[0].Holders = "", nil
+			s.Nodes[0].State, s.Nodes[1].State, s.Nodes[2].State = down, suspect, down
+			s.ReportedBy = "cp-2"
+		}, "not heard: cp-1, cp-2, cp-3"},
+		"the node is not heard": {func(s *hameshv1.GetStatusResponse) { s.Nodes[0].State = down }, "not heard: cp-1"},
+		"another is not heard":  {func(s *hameshv1.GetStatusResponse) { s.Nodes[2].State = down }, "not heard: cp-3"},
+		"one that is, and some that are left": {func(s *hameshv1.GetStatusResponse) { s.Nodes[1].State, s.Nodes[0].KeptConnections = suspect, 4 },
+			"left: 4 connections through it; not heard: cp-2"},
+		"no VIPs": {func(s *hameshv1.GetStatusResponse) { s.Vips = nil }, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := proto.CloneOf(drains()[4])
+			test.change(s)
+			if got := whatIsLeft(s, "cp-1"); got != test.want {
+				t.Errorf("%q, want %q", got, test.want)
+			}
+		})
 	}
 }
 

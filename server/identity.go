@@ -94,6 +94,10 @@ func Caller(ctx context.Context) string {
 	return cmp.Or(identityFrom(ctx).name, "anybody")
 }
 
+// ByAgent says whether another member's agent makes the call of that context, or anybody
+// where nobody is authenticated.
+func ByAgent(ctx context.Context) bool { return identityFrom(ctx).role == roleAgent }
+
 type identityKey struct{}
 
 func withIdentity(ctx context.Context, id identity) context.Context {

@@ -363,6 +363,34 @@ func mustOpen(t *testing.T, a authority, name string) *credentials.Credentials {
 }
 
 // One CA for several meshes is a mistake that the URI still catches.
+// Who is no agent cannot pass for another member.
+func TestByAgent(t *testing.T) {
+	ca, a := newAuthority(t, "prod"), newAgent()
+	var byAgent bool
+	a.move = func(ctx context.Context, send func(*hameshv1.MoveVipResponse) error) error {
+		byAgent = server.ByAgent(ctx)
+		return send(&hameshv1.MoveVipResponse{})
+	}
+	secure := serve(t, a, server.Options{TLS: ca.issue("cp-1", pki.RoleAgent).Server()})
+	open := serve(t, a, server.Options{Insecure: true})
+	for name, test := range map[string]struct {
+		conn *grpc.ClientConn
+		want bool
+	}{
+		"agent":    {dial(t, secure.tcp, ca.issue("cp-2", pki.RoleAgent).Client("cp-1")), true},
+		"operator": {dial(t, secure.tcp, ca.issue("alice", pki.RoleOperator).Client("cp-1")), false},
+		"socket":   {dial(t, secure.socket, insecure.NewCredentials()), false},
+		"anybody":  {dial(t, open.tcp, insecure.NewCredentials()), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			byAgent = !test.want
+			if err := calls["move"](t.Context(), test.conn); err != nil || byAgent != test.want {
+				t.Errorf("%v, %v", byAgent, err)
+			}
+		})
+	}
+}
+
 func TestCertificateOfAnotherMesh(t *testing.T) {
 	lab := newAuthority(t, "lab")
 	s := serve(t, newAgent(), server.Options{TLS: lab.issue("cp-1", pki.RoleAgent).Server()})
@@ -565,6 +593,33 @@ func TestStopEndsHeartbeats(t *testing.T) {
 	}
 	if outcome(err) != "Unavailable STOPPING" {
 		t.Errorf("after stop: %v", err)
+	}
+}
+
+// A peer of which no connection opens or closes must not hold up the agent's end either.
+func TestStopEndsFlows(t *testing.T) {
+	a := newAgent()
+	s := serve(t, a, server.Options{Insecure: true})
+	stream, err := hameshv1.NewMeshServiceClient(dial(t, s.tcp, insecure.NewCredentials())).ShareFlows(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&hameshv1.ShareFlowsRequest{Member: "cp-2"}); err != nil {
+		t.Fatal(err)
+	}
+	heard := func() bool {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return len(a.heard) > 0
+	}
+	for deadline := time.Now().Add(10 * time.Second); !heard(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the agent has heard nothing")
+		}
+	}
+	s.stop()
+	if err := stream.RecvMsg(&hameshv1.ShareFlowsResponse{}); outcome(err) != "Unavailable STOPPING" {
+		t.Errorf("silent stream: %v", err)
 	}
 }
 

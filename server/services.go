@@ -153,6 +153,23 @@ func (s *Server) Withdrawn(ctx context.Context, request *hameshv1.WithdrawnReque
 
 // ShareFlows implements MeshService.
 func (s *Server) ShareFlows(stream grpc.ClientStreamingServer[hameshv1.ShareFlowsRequest, hameshv1.ShareFlowsResponse]) error {
+	// Recv cannot be interrupted while nothing changes, but fails once this has returned.
+	ended := make(chan error, 1)
+	go func() { ended <- s.takeFlows(stream) }()
+	select {
+	case err := <-ended:
+		return err
+	case <-s.stopping:
+		return errStopping
+	}
+}
+
+func (s *Server) takeFlows(stream grpc.ClientStreamingServer[hameshv1.ShareFlowsRequest, hameshv1.ShareFlowsResponse]) (err error) {
+	defer func() {
+		if panicked := recover(); panicked != nil {
+			err = s.answer(panicked, nil)
+		}
+	}()
 	from := identityFrom(stream.Context()).name
 	for {
 		request, err := stream.Recv()

@@ -3,7 +3,6 @@ package handover
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -39,12 +38,11 @@ func Tickle(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) e
 		return explain("open a raw socket", err)
 	}
 	defer func() { _ = unix.Close(fd) }() // nothing is buffered that could fail
+	if err := deafen(fd); err != nil {
+		return err
+	}
 	if err := unix.Bind(fd, sockaddr(vip.Addr())); err != nil {
 		return fmt.Errorf("speak as %v: %w", vip.Addr(), err)
-	}
-	// What others send is of no interest, and would fill the socket's buffer.
-	if err := unix.Shutdown(fd, unix.SHUT_RD); err != nil && !errors.Is(err, unix.ENOTCONN) {
-		return fmt.Errorf("stop listening: %w", err)
 	}
 	var failed error
 	for i, client := range clients {
@@ -61,6 +59,17 @@ func Tickle(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) e
 		}
 	}
 	return failed
+}
+
+// deafen has the kernel drop what comes for a raw socket, which gets a copy of every TCP
+// segment for its address, into a buffer that nobody reads. shutdown(2) does not: raw
+// sockets take no notice of it (raw_rcv, net/ipv4/raw.c).
+func deafen(fd int) error {
+	nothing := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K} // accept 0 bytes (socket(7), SO_ATTACH_FILTER)
+	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &nothing}); err != nil {
+		return fmt.Errorf("stop listening: %w", err)
+	}
+	return nil
 }
 
 func sockaddr(a netip.Addr) unix.Sockaddr {

@@ -3,6 +3,7 @@ package handover
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"testing"
@@ -59,4 +60,39 @@ func TestTickle(t *testing.T) {
 		}
 		alive.mustEcho()
 	})
+}
+
+// A socket that only sends keeps nothing of what others send; shutting it down would not do.
+func TestDeafen(t *testing.T) {
+	here := netip.AddrFrom4([4]byte{127, 8, 7, 6})
+	open := func() int {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_TCP)
+		must(t, err)
+		t.Cleanup(func() { _ = unix.Close(fd) })
+		return fd
+	}
+	deaf, shut := open(), open()
+	must(t, deafen(deaf))
+	if err := unix.Shutdown(shut, unix.SHUT_RD); err != nil && !errors.Is(err, unix.ENOTCONN) {
+		t.Fatal(err)
+	}
+	for _, fd := range []int{deaf, shut} {
+		must(t, unix.Bind(fd, sockaddr(here)))
+	}
+	if c, err := net.Dial("tcp", netip.AddrPortFrom(here, 9).String()); err == nil {
+		_ = c.Close()
+	}
+	waiting := func(fd int) bool {
+		n, _, err := unix.Recvfrom(fd, make([]byte, 64), 0)
+		if err != nil && !errors.Is(err, unix.EAGAIN) {
+			t.Fatal(err)
+		}
+		return n > 0
+	}
+	if waiting(deaf) {
+		t.Error("segments of others wait in a socket that nobody reads")
+	}
+	if !waiting(shut) {
+		t.Error("shutdown would have been enough")
+	}
 }

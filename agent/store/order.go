@@ -51,6 +51,12 @@ type Orders struct {
 	requests []request
 }
 
+// Answered says whether a request is kept, which a caller that got no answer cannot know.
+// The last 32 are.
+func (o Orders) Answered(id string) bool {
+	return slices.ContainsFunc(o.requests, func(r request) bool { return r.ID == id })
+}
+
 // request is one call that was answered.
 type request struct {
 	ID      string `json:"id"`

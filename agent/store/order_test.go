@@ -235,6 +235,9 @@ func TestRequestsAreBounded(t *testing.T) {
 	}}); err != nil {
 		t.Fatal(err)
 	}
+	if newest.Answered(strings.Repeat("x", 100)+"0") || !newest.Answered(newest.requests[0].ID) {
+		t.Error("a request that is forgotten counts as kept, or one that is kept does not")
+	}
 	if len(newest.requests) != requestsKept || !strings.HasSuffix(newest.requests[requestsKept-1].ID, fmt.Sprint(requestsKept+4)) {
 		t.Errorf("%d requests are kept, the last is %q", len(newest.requests), newest.requests[len(newest.requests)-1].ID)
 	}

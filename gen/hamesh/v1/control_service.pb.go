@@ -151,8 +151,8 @@ type MoveVipRequest struct {
 	Vip string `protobuf:"bytes,1,opt,name=vip,proto3" json:"vip,omitempty"`
 	// The member that shall own it; empty: the best other candidate.
 	To string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
-	// Any string that is unique to this wish (a UUID); a repeated one repeats
-	// nothing and reports how the first went. Empty: the agent makes one.
+	// Any string of at most 128 bytes that is unique to this wish (a UUID); a repeated one
+	// repeats nothing and reports how the first went. Empty: the agent makes one.
 	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -375,11 +375,15 @@ func (x *DrainNodeRequest) GetRequestId() string {
 	return ""
 }
 
-// DrainNodeResponse says that the order is kept, and in force on the member that answers.
+// DrainNodeResponse says that the order is kept.
 type DrainNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// False where the node was drained already.
-	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	Changed bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	// The member that answers has not put the order in force within a second; it does when
+	// it has read the store again. Others are a poll of the store behind it at most, unless
+	// the store does not answer them.
+	Pending       bool `protobuf:"varint,2,opt,name=pending,proto3" json:"pending,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -417,6 +421,13 @@ func (*DrainNodeResponse) Descriptor() ([]byte, []int) {
 func (x *DrainNodeResponse) GetChanged() bool {
 	if x != nil {
 		return x.Changed
+	}
+	return false
+}
+
+func (x *DrainNodeResponse) GetPending() bool {
+	if x != nil {
+		return x.Pending
 	}
 	return false
 }
@@ -480,7 +491,9 @@ func (x *UndrainNodeRequest) GetRequestId() string {
 type UndrainNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// False where the node was not drained.
-	Changed       bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	Changed bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
+	// As in DrainNodeResponse.
+	Pending       bool `protobuf:"varint,2,opt,name=pending,proto3" json:"pending,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -518,6 +531,13 @@ func (*UndrainNodeResponse) Descriptor() ([]byte, []int) {
 func (x *UndrainNodeResponse) GetChanged() bool {
 	if x != nil {
 		return x.Changed
+	}
+	return false
+}
+
+func (x *UndrainNodeResponse) GetPending() bool {
+	if x != nil {
+		return x.Pending
 	}
 	return false
 }
@@ -605,14 +625,15 @@ func (x *SetBackendStateRequest) GetRequestId() string {
 	return ""
 }
 
-// SetBackendStateResponse says that the order is kept, and in force on the member that
-// answers.
+// SetBackendStateResponse says that the order is kept.
 type SetBackendStateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// False where the backend's order was the same already.
 	Changed bool `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"`
 	// The proxies that it is about.
-	Proxies       []string `protobuf:"bytes,2,rep,name=proxies,proto3" json:"proxies,omitempty"`
+	Proxies []string `protobuf:"bytes,2,rep,name=proxies,proto3" json:"proxies,omitempty"`
+	// As in DrainNodeResponse.
+	Pending       bool `protobuf:"varint,3,opt,name=pending,proto3" json:"pending,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -659,6 +680,13 @@ func (x *SetBackendStateResponse) GetProxies() []string {
 		return x.Proxies
 	}
 	return nil
+}
+
+func (x *SetBackendStateResponse) GetPending() bool {
+	if x != nil {
+		return x.Pending
+	}
+	return false
 }
 
 // CrashAgentRequest names the node whose agent shall crash.
@@ -795,25 +823,28 @@ const file_hamesh_v1_control_service_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tR\trequestId\"-\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\"G\n" +
 	"\x11DrainNodeResponse\x12\x18\n" +
-	"\achanged\x18\x01 \x01(\bR\achanged\"G\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\x12\x18\n" +
+	"\apending\x18\x02 \x01(\bR\apending\"G\n" +
 	"\x12UndrainNodeRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tR\trequestId\"/\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"I\n" +
 	"\x13UndrainNodeResponse\x12\x18\n" +
-	"\achanged\x18\x01 \x01(\bR\achanged\"\xac\x01\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\x12\x18\n" +
+	"\apending\x18\x02 \x01(\bR\apending\"\xac\x01\n" +
 	"\x16SetBackendStateRequest\x12\x14\n" +
 	"\x05proxy\x18\x01 \x01(\tR\x05proxy\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12-\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x17.hamesh.v1.BackendOrderR\x05state\x12\x14\n" +
 	"\x05force\x18\x04 \x01(\bR\x05force\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x05 \x01(\tR\trequestId\"M\n" +
+	"request_id\x18\x05 \x01(\tR\trequestId\"g\n" +
 	"\x17SetBackendStateResponse\x12\x18\n" +
 	"\achanged\x18\x01 \x01(\bR\achanged\x12\x18\n" +
-	"\aproxies\x18\x02 \x03(\tR\aproxies\"`\n" +
+	"\aproxies\x18\x02 \x03(\tR\aproxies\x12\x18\n" +
+	"\apending\x18\x03 \x01(\bR\apending\"`\n" +
 	"\x11CrashAgentRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x12\n" +

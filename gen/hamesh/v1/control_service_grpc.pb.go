@@ -35,8 +35,9 @@ type ControlServiceClient interface {
 	// MoveVip hands a VIP from its owner to another candidate and reports each
 	// phase. Any member takes the call and passes it on to the owner.
 	// Errors: NOT_FOUND (VIP_UNKNOWN, NODE_UNKNOWN), FAILED_PRECONDITION
-	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), ABORTED (MOVE_IN_PROGRESS,
-	// MOVE_FAILED), UNAVAILABLE (OWNER_UNREACHABLE, STORE_UNAVAILABLE).
+	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), INVALID_ARGUMENT
+	// (REQUEST_ID_INVALID), ABORTED (MOVE_IN_PROGRESS, MOVE_FAILED), UNAVAILABLE
+	// (OWNER_UNREACHABLE, STORE_UNAVAILABLE).
 	MoveVip(ctx context.Context, in *MoveVipRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[MoveVipResponse], error)
 	// DrainNode makes a node give up its VIPs and take none, and keeps new connections
 	// off its API server, until UndrainNode; established connections go on. The order is
@@ -57,10 +58,11 @@ type ControlServiceClient interface {
 	SetBackendState(ctx context.Context, in *SetBackendStateRequest, opts ...grpc.CallOption) (*SetBackendStateResponse, error)
 	// CrashAgent makes a node's agent stop as abruptly as a bug would: it answers, and kills
 	// itself (SIGKILL) some 50 ms later. Its guard and the service manager do the rest. It
-	// is for drills: only where the mesh is healthy and stays so but for that node.
+	// is for drills: only where the mesh is healthy and stays so but for that node, and one
+	// agent at a time.
 	// Errors: NOT_FOUND (NODE_UNKNOWN), INVALID_ARGUMENT (CRASH_UNCONFIRMED,
 	// REQUEST_ID_INVALID), FAILED_PRECONDITION (MESH_NOT_HEALTHY, NO_OTHER_CANDIDATE,
-	// NO_MAJORITY), UNAVAILABLE (NODE_UNREACHABLE).
+	// NO_MAJORITY), UNAVAILABLE (NODE_UNREACHABLE, STORE_UNAVAILABLE).
 	CrashAgent(ctx context.Context, in *CrashAgentRequest, opts ...grpc.CallOption) (*CrashAgentResponse, error)
 }
 
@@ -140,8 +142,9 @@ type ControlServiceServer interface {
 	// MoveVip hands a VIP from its owner to another candidate and reports each
 	// phase. Any member takes the call and passes it on to the owner.
 	// Errors: NOT_FOUND (VIP_UNKNOWN, NODE_UNKNOWN), FAILED_PRECONDITION
-	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), ABORTED (MOVE_IN_PROGRESS,
-	// MOVE_FAILED), UNAVAILABLE (OWNER_UNREACHABLE, STORE_UNAVAILABLE).
+	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), INVALID_ARGUMENT
+	// (REQUEST_ID_INVALID), ABORTED (MOVE_IN_PROGRESS, MOVE_FAILED), UNAVAILABLE
+	// (OWNER_UNREACHABLE, STORE_UNAVAILABLE).
 	MoveVip(*MoveVipRequest, grpc.ServerStreamingServer[MoveVipResponse]) error
 	// DrainNode makes a node give up its VIPs and take none, and keeps new connections
 	// off its API server, until UndrainNode; established connections go on. The order is
@@ -162,10 +165,11 @@ type ControlServiceServer interface {
 	SetBackendState(context.Context, *SetBackendStateRequest) (*SetBackendStateResponse, error)
 	// CrashAgent makes a node's agent stop as abruptly as a bug would: it answers, and kills
 	// itself (SIGKILL) some 50 ms later. Its guard and the service manager do the rest. It
-	// is for drills: only where the mesh is healthy and stays so but for that node.
+	// is for drills: only where the mesh is healthy and stays so but for that node, and one
+	// agent at a time.
 	// Errors: NOT_FOUND (NODE_UNKNOWN), INVALID_ARGUMENT (CRASH_UNCONFIRMED,
 	// REQUEST_ID_INVALID), FAILED_PRECONDITION (MESH_NOT_HEALTHY, NO_OTHER_CANDIDATE,
-	// NO_MAJORITY), UNAVAILABLE (NODE_UNREACHABLE).
+	// NO_MAJORITY), UNAVAILABLE (NODE_UNREACHABLE, STORE_UNAVAILABLE).
 	CrashAgent(context.Context, *CrashAgentRequest) (*CrashAgentResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
