@@ -109,10 +109,10 @@ func unit(r reading) string {
 func (b *benchmark) main() table.Writer {
 	t := table.NewWriter()
 	t.SetStyle(table.StyleLight)
-	t.AppendHeader(table.Row{"figure", direct, haproxyName, hameshRelayed, "hamesh ÷ HAProxy", "hamesh ÷ direct"})
+	t.AppendHeader(table.Row{"figure", direct, haproxyName, haproxyForced, hameshRelayed, "hamesh ÷ HAProxy", "hamesh ÷ direct"})
 	for _, f := range b.figures(false) {
 		none, other, ours := b.values(direct, f.Name, 0), b.values(haproxyName, f.Name, 0), b.values(hameshRelayed, f.Name, 0)
-		t.AppendRow(table.Row{unit(f), spread(none), spread(other), spread(ours), ratio(ours, other), ratio(ours, none)})
+		t.AppendRow(table.Row{unit(f), spread(none), spread(other), spread(b.values(haproxyForced, f.Name, 0)), spread(ours), ratio(ours, other), ratio(ours, none)})
 	}
 	return t
 }
@@ -127,7 +127,7 @@ func (b *benchmark) growth() table.Writer {
 	t.AppendHeader(header)
 	for _, f := range b.figures(true) {
 		for _, v := range rivals {
-			if v.command == nil && len(b.values(v.name, f.Name, 1)) == 0 {
+			if len(b.values(v.name, f.Name, 1)) == 0 {
 				continue
 			}
 			row := table.Row{unit(f), v.name}
@@ -149,9 +149,9 @@ func (b *benchmark) about() string {
 	if busy := max(median(b.values(haproxyName, strangers, 0)), median(b.values(hameshRelayed, strangers, 0))); busy > 10 {
 		quiet = fmt.Sprintf("; **but so do others, with %.0f %% of one processor**.", busy)
 	}
-	return fmt.Sprintf("Medians of %d runs (least to greatest) of %s, in which all took turns: without a proxy, HAProxy (mode tcp, nbthread 2, splice-auto, balance source), "+
+	return fmt.Sprintf("Medians of %d runs (least to greatest) of %s, in which all took turns: without a proxy, HAProxy (mode tcp, nbthread 2, splice-auto, balance source; for streams also told to splice all), "+
 		"hameshd (the only member of its mesh, etcd and all). Client, proxy and three backends are in network namespaces of one machine (%d processors %s, Linux %s) and share its processors%s "+
-		"What a proxy sends, it also carries through its peer's kernel. %d client addresses. Connections: %d at once, each with one request of 64 bytes and its answer. "+
+		"TCP has the congestion control cubic. What a proxy sends, it also carries through its peer's kernel. %d client addresses. Connections: %d at once, each with one request of 64 bytes and its answer. "+
 		"Latency of a new connection: %.0f due a second at random instants, half of what HAProxy can do, counted from when it was due. Streams: %d at once. "+
 		"Requests over established connections: %d due a second over all of them.",
 		runs, b.Took.Round(time.Second), runtime.NumCPU(), processor(), kernelRelease(), quiet, benchMany, benchSlots, b.Rate, benchBulk, benchAskRate)

@@ -42,6 +42,7 @@ type rival struct {
 	// command makes ready what is between them and returns how it is started; nil:
 	// there is nothing between.
 	command func(r *rig) (*exec.Cmd, error)
+	parts   string // those of a turn that it plays; empty: all
 }
 
 func throughVIP() []netip.AddrPort {
@@ -59,18 +60,27 @@ func toBackends() (all []netip.AddrPort) {
 const (
 	direct        = "direct"
 	haproxyName   = "HAProxy"
+	haproxyForced = "HAProxy, splicing all"
 	hameshRelayed = "hamesh"
 )
 
-var rivals = []rival{
-	{name: direct, targets: toBackends()},
-	{name: haproxyName, targets: throughVIP(), command: func(r *rig) (*exec.Cmd, error) {
+// haproxyWith starts HAProxy with its options of splicing: with splice-auto it guesses
+// which streams are worth it, and the others make it splice whatever it can.
+func haproxyWith(splice ...string) func(r *rig) (*exec.Cmd, error) {
+	return func(r *rig) (*exec.Cmd, error) {
 		if err := r.proxy.AddAddress("eth0", benchVIP); err != nil {
 			return nil, err
 		}
+		r.splice = splice
 		file, err := r.write("haproxy.cfg", benchHAProxy)
 		return exec.Command("haproxy", "-db", "-f", file), err
-	}},
+	}
+}
+
+var rivals = []rival{
+	{name: direct, targets: toBackends()},
+	{name: haproxyName, targets: throughVIP(), command: haproxyWith("splice-auto")},
+	{name: haproxyForced, targets: throughVIP(), command: haproxyWith("splice-request", "splice-response"), parts: "streams"},
 	{name: hameshRelayed, targets: throughVIP(), command: func(r *rig) (*exec.Cmd, error) {
 		file, err := r.write("agent.yaml", benchAgent)
 		return lab.Command("hameshd", "--config", file), err
@@ -85,7 +95,9 @@ var benchHAProxy = template.Must(template.New("").Parse(`global
   maxpipes 64
 defaults
   mode tcp
-  option splice-auto
+{{- range .Splice}}
+  option {{.}}
+{{- end}}
   timeout connect 3s
   timeout client 1h
   timeout server 1h
@@ -132,6 +144,7 @@ type rig struct {
 	rival                  rival
 	most                   int       // connections through what is between
 	between                *exec.Cmd // nil: nothing
+	splice                 []string  // HAProxy's options
 }
 
 func newRig(name string, v rival, most int) (r *rig, err error) {
@@ -244,7 +257,8 @@ func (r *rig) write(name string, t *template.Template) (string, error) {
 		Proxy, VIP netip.Addr
 		Backends   []netip.AddrPort
 		Most       int
-	}{r.dir, benchProxy.Addr(), benchVIP.Addr(), toBackends(), r.most + 50})
+		Splice     []string
+	}{r.dir, benchProxy.Addr(), benchVIP.Addr(), toBackends(), r.most + 50, r.splice})
 	if err != nil {
 		return "", fmt.Errorf("write %s: %w", name, err)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/hamesh/hamesh/deploy/lab"
@@ -80,7 +81,7 @@ type turn struct {
 	sheet
 	rate   float64 // of the open loop, connections a second
 	parts  *regexp.Regexp
-	direct sheet   // what the way without a proxy gave in the same run; nil: this is it
+	direct sheet // what the way without a proxy gave in the same run; nil: this is it
 	failed int
 }
 
@@ -127,7 +128,7 @@ func (t *turn) play() error {
 		{"streams", false, t.upload},
 		{"growth", false, t.growth},
 	} {
-		if !t.parts.MatchString(p.name) || p.between && t.between == nil {
+		if !t.parts.MatchString(p.name) || !strings.Contains(t.rival.parts, p.name) && t.rival.parts != "" || p.between && t.between == nil {
 			continue
 		}
 		if err := p.do(); err != nil {
