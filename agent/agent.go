@@ -82,13 +82,32 @@ type Agent struct {
 	board     *board
 	hearing   *hearing
 	reload    *reload               // nil: the configuration stays
+	upgrade   *upgrade              // nil: the process stays
 	files     *tlsfiles.Credentials // nil: insecure
 	metrics   *metrics.Metrics
 	boot      uint64
 	digests   atomic.Pointer[[]byte] // of the configuration in force
 
+	lock     *os.File // the node's
+	ports    ports
+	estate   *estate      // of the agent whose place this one takes; nil: it starts anew
+	owns     bool         // what is done for connections of VIPs that moved away is this agent's doing
+	departed chan *estate // what is left when another process, or another agent here, goes on
+	// upgrading: this node takes no VIP.
+	upgrading atomic.Bool
+
 	ctx    context.Context // of every task
+	cancel context.CancelCauseFunc
 	group  *errgroup.Group
+	// Of the tasks that act on the node or speak for it.
+	hush     context.CancelFunc
+	speech   context.Context
+	speaking sync.WaitGroup
+	speaks   atomic.Bool        // they run
+	muzzle   context.CancelFunc // ends the telling of events
+
+	guarded, relieve, relieved chan struct{} // closed when the guard watches, is to leave, has left
+
 	macs   atomic.Pointer[[][]byte] // of the VIPs' interfaces
 	beatAt atomic.Int64             // when the loop last stepped, Unix nanoseconds
 	joined atomic.Bool              // systemd has been told that it is ready
@@ -107,11 +126,14 @@ type Agent struct {
 }
 
 // New prepares the agent of a resolved configuration: it takes the node's lock, sweeps
-// what an earlier run has left, and binds every port; nothing runs yet. Close undoes it.
-func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
+// what an earlier run has left, and binds the proxies' ports; nothing runs yet. Close undoes
+// it. With an estate it takes the place of the agent that has left it, instead.
+func New(cfg *config.Config, from *estate, log hclog.Logger) (_ *Agent, err error) {
 	a := &Agent{
 		cfg: cfg, log: log, board: newBoard(), links: map[string]*peer.Link{}, noCarrier: map[string]bool{},
-		clean:   true,
+		clean:  true,
+		estate: from, owns: from == nil, departed: make(chan *estate, 1),
+		guarded: make(chan struct{}), relieve: make(chan struct{}), relieved: make(chan struct{}),
 		hearing: &hearing{newest: map[string]*hameshv1.Heartbeat{}, wake: make(chan struct{}, 1)},
 		silent:  make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
 	}
@@ -123,11 +145,9 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the data directory: %w", err)
 	}
-	lock, err := lockNode(cfg.DataDir)
-	if err != nil {
+	if err := a.takeLock(); err != nil {
 		return nil, err
 	}
-	a.closers = append(a.closers, func() { lock.Close() })
 	boot, err := nextBoot(cfg.DataDir, time.Now())
 	if err != nil {
 		return nil, err
@@ -141,8 +161,10 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 	if err := a.openKernel(); err != nil {
 		return nil, err
 	}
-	if err := a.postGuard(boot, lock); err != nil {
-		return nil, err
+	if from == nil { // else later, see watchOver
+		if err := a.postGuard(); err != nil {
+			return nil, err
+		}
 	}
 	a.orders = newOrders(a)
 	if err := a.openStore(boot); err != nil {
@@ -158,13 +180,18 @@ func New(cfg *config.Config, log hclog.Logger) (_ *Agent, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("proxy %s: %w", p.Name, err)
 		}
-		if err := s.proxy.Listen(); err != nil {
-			return nil, fmt.Errorf("proxy %s: %w", p.Name, err)
+		if from == nil {
+			if err := s.proxy.Listen(); err != nil {
+				return nil, fmt.Errorf("proxy %s: %w", p.Name, err)
+			}
 		}
 		a.closers = append(a.closers, s.proxy.Close)
 		a.services = append(a.services, s)
 	}
 	a.openFlows(boot)
+	if from != nil {
+		a.flows.boot = from.Flows
+	}
 	a.moves, a.segment = newMoves(a), newSegment(a)
 	a.readMACs()
 	a.loop = &loop{
@@ -220,35 +247,6 @@ func (a *Agent) openKernel() (err error) {
 		a.announcer.Stop(name)
 		a.flows.gave(name)
 	}
-	return nil
-}
-
-// postGuard starts the process that takes the VIPs off should this one be killed. It
-// knows every VIP before one is put on. A witness, which never has one, needs none.
-func (a *Agent) postGuard(boot uint64, lock *os.File) (err error) {
-	if len(a.managed) == 0 {
-		return nil
-	}
-	c := guard.Config{
-		Member: a.cfg.Node.Name, Boot: boot, VIPs: a.managed, Insecure: a.cfg.TLS.Insecure,
-		CAFile: a.cfg.TLS.CAFile, CertFile: a.cfg.TLS.CertFile, KeyFile: a.cfg.TLS.KeyFile,
-		LogJSON: a.cfg.Log.Format == config.JSON, Lock: lock, Log: a.log.Named("guard"),
-	}
-	for _, m := range a.cfg.Members {
-		if m.Name != a.cfg.Node.Name {
-			c.Peers = append(c.Peers, guard.Peer{Name: m.Name, Address: netip.AddrPortFrom(m.Address, a.cfg.API.Port)})
-		}
-	}
-	if a.guard, err = guard.Start(context.Background(), c); err != nil {
-		return err
-	}
-	a.closers = append(a.closers, func() {
-		// Where something is left to do, the guard stays: it sweeps again when this
-		// process has ended, and tells the members, who would otherwise wait S.
-		if a.clean {
-			a.guard.Stop()
-		}
-	})
 	return nil
 }
 
@@ -345,49 +343,74 @@ func (a *Agent) Close() {
 }
 
 // Run works until ctx ends, then hands everything over, and returns nil. Any task that
-// fails ends the rest.
-func (a *Agent) Run(ctx context.Context) error {
-	listeners, err := a.listen()
-	if err != nil {
-		return err
+// fails ends the rest. It returns errSucceeded when another process goes on in its place: then
+// this one has to end, and nothing is to be closed before. When that came to nothing too late
+// for this agent to go on, it returns what is left to go on with.
+func (a *Agent) Run(ctx context.Context) (*estate, error) {
+	if err := a.listen(); err != nil {
+		return nil, err
 	}
-	metricsListener, err := net.Listen("tcp", a.cfg.Metrics.Listen.String())
-	if err != nil {
-		return fmt.Errorf("serve metrics: %w", err)
-	}
-
-	a.clean = false
-	tasks, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
+	tasks, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	a.cancel = cancel
 	a.group, a.ctx = errgroup.WithContext(tasks)
-	a.beatAt.Store(time.Now().UnixNano())
-	a.events.record(&hameshv1.Event{Kind: hameshv1.EventKind_EVENT_KIND_AGENT_STARTED, Message: "the agent of " + a.cfg.Node.Name + " has started, version " + Version})
-
 	a.task("store", a.store.Run)
-	a.task("ownership loop", a.loop.run)
-	a.task(a.keeper.String(), a.keeper.run)
-	a.task(a.announcer.String(), a.announcer.Run)
-	if a.guard != nil {
-		a.task(a.guard.String(), a.guard.Run)
+	if err := a.succeed(); err != nil {
+		cancel(err)
+		return nil, errors.Join(err, a.group.Wait(), a.store.Close())
 	}
-	a.task("server", func(ctx context.Context) error { return a.server.Serve(ctx, listeners...) })
-	a.task("metrics", func(ctx context.Context) error { return serveHTTP(ctx, metricsListener, a.observeHandler()) })
+	a.clean = false
+	a.beatAt.Store(time.Now().UnixNano())
+	a.start()
+	a.tellBegun()
+
+	var left *estate
+	select {
+	case <-a.ctx.Done(): // a task has failed
+	case <-ctx.Done():
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping) // no systemd, no notice
+		a.clean = a.handOver()
+	case left = <-a.departed:
+		if left == nil {
+			return nil, errSucceeded
+		}
+		a.cease(left)
+	}
+	cancel(nil)
+	err := a.group.Wait()
+	if left != nil {
+		return a.depart(left, err)
+	}
+	return nil, errors.Join(err, a.leave())
+}
+
+// start starts every task that does not run already.
+func (a *Agent) start() {
+	a.speech, a.hush = context.WithCancel(a.ctx)
+	a.speaks.Store(true)
+	a.speak("ownership loop", a.loop.run)
+	a.speak(a.keeper.String(), a.keep)
+	a.speak("drains", func(ctx context.Context) error { return a.handing.run(ctx, a.ownerOf) })
+	a.speak("mourner", a.mourn)
+	a.task("guard", a.watchOver)
+	a.task(a.announcer.String(), a.announcer.Run)
+	a.task("server", func(ctx context.Context) error { return a.server.Serve(ctx, a.ports.api, a.ports.socket) })
+	a.task("metrics", func(ctx context.Context) error { return serveHTTP(ctx, a.ports.metrics, a.observeHandler()) })
 	a.task("kernel watch", a.watchKernel)
-	a.task("drains", func(ctx context.Context) error { return a.handing.run(ctx, a.ownerOf) })
 	if len(a.managed) > 0 {
 		a.task("segment listener", a.segment.run)
 	}
 	a.task("journal", a.journal)
 	a.task("hearing", func(ctx context.Context) error { return a.hearing.run(ctx, a.heard) })
-	a.task("mourner", a.mourn)
 	a.task("orders", a.orders.run)
 	a.task("events", a.events.run)
-	a.task("event teller", func(ctx context.Context) error { return a.teller.watch(ctx, a.Status, a.Changed) })
+	telling, muzzle := context.WithCancel(a.ctx)
+	a.muzzle = muzzle
+	a.task("event teller", func(context.Context) error { return a.teller.watch(telling, a.Status, a.Changed) })
 	if len(a.links) > 0 {
 		a.task("flows", a.flows.run)
 	}
 	for member, l := range a.links {
-		a.task(l.String(), l.Run)
 		a.task("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l.Mesh) })
 		a.task("events of "+member, func(ctx context.Context) error { return a.events.follow(ctx, member, l) })
 	}
@@ -399,16 +422,35 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.reload != nil {
 		a.task("reload", a.reload.run)
 	}
-
-	select {
-	case <-a.ctx.Done(): // a task has failed
-	case <-ctx.Done():
-		_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping) // no systemd, no notice
-		a.clean = a.handOver()
+	if a.upgrade != nil {
+		a.task("upgrade", a.upgrade.run)
 	}
-	cancel()
-	err = a.group.Wait()
-	return errors.Join(err, a.leave())
+}
+
+// link starts the links to all other members.
+func (a *Agent) link() {
+	for _, l := range a.links {
+		a.task(l.String(), l.Run)
+	}
+}
+
+// keep keeps addresses once the guard is there.
+func (a *Agent) keep(ctx context.Context) error {
+	select {
+	case <-a.guarded:
+	case <-ctx.Done():
+	}
+	return a.keeper.run(ctx)
+}
+
+// speak is task for what acts on the node or speaks for it: another agent does, as soon as
+// these have ended.
+func (a *Agent) speak(name string, run func(context.Context) error) {
+	a.speaking.Add(1)
+	a.task(name, func(context.Context) error {
+		defer a.speaking.Done()
+		return run(a.speech)
+	})
 }
 
 // task runs one long-lived part under the group; its error names it.
@@ -451,20 +493,6 @@ func (a *Agent) leave() error {
 		}
 	}
 	return errors.Join(err, a.store.Close())
-}
-
-func (a *Agent) listen() ([]net.Listener, error) {
-	socket, err := server.ListenSocket(a.cfg.API.Socket)
-	if err != nil {
-		return nil, err
-	}
-	// Bound to every address: also to those that the node gets only later.
-	tcp, err := net.Listen("tcp", fmt.Sprintf(":%d", a.cfg.API.Port))
-	if err != nil {
-		socket.Close()
-		return nil, fmt.Errorf("serve gRPC: %w", err)
-	}
-	return []net.Listener{tcp, socket}, nil
 }
 
 func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
@@ -520,6 +548,7 @@ func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
 	for _, v := range h.GetVips() {
 		keeps, n, to := a.handing.keeps(v.GetName())
 		v.Keeps, v.KeptConnections, v.ForwardsTo = keeps, uint32(n), to
+		v.ForwardAddress = a.handing.arrivesAt(v.GetName())
 	}
 	for _, s := range a.services {
 		h.Backends = append(h.Backends, *s.reports.Load()...)
@@ -602,37 +631,48 @@ func (a *Agent) fellSilent(silent map[string]ownership.Instant) {
 }
 
 // mourn takes the backends of members that fell silent out, at the moment at which
-// ownership gives them up.
+// ownership gives them up. An agent that goes on in another one's place first has to hear
+// the members: what that one knew of them counts until then.
 func (a *Agent) mourn(ctx context.Context) error {
+	var heardSoon <-chan time.Time
+	if a.estate != nil {
+		heardSoon = time.After(trustWithin)
+	}
+	var silent map[string]ownership.Instant
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case silent := <-a.silent:
-			dead := make(map[string]time.Duration, len(silent))
-			lost := make(map[string]bool, len(silent))
-			for member, at := range silent {
-				dead[member], lost[member] = time.Duration(at), true
-			}
-			a.board.mu.Lock()
-			a.board.silent = lost
-			a.board.mu.Unlock()
-			for member := range lost {
-				a.handing.died(member, a.ownerOf)
-			}
-			poke(a.flows.wake)
-			for _, s := range a.services {
-				s.setDead(dead)
-			}
-			a.board.notify()
+		case silent = <-a.silent:
+		case <-heardSoon:
+			heardSoon = nil
 		}
+		dead := make(map[string]time.Duration, len(silent))
+		lost := make(map[string]bool, len(silent))
+		for member, at := range silent {
+			if at == 0 && heardSoon != nil {
+				continue
+			}
+			dead[member], lost[member] = time.Duration(at), true
+		}
+		a.board.mu.Lock()
+		a.board.silent = lost
+		a.board.mu.Unlock()
+		for member := range lost {
+			a.handing.died(member, a.ownerOf)
+		}
+		poke(a.flows.wake)
+		for _, s := range a.services {
+			s.setDead(dead)
+		}
+		a.board.notify()
 	}
 }
 
 // serviceChanged tells the mesh of a change in health.
 func (a *Agent) serviceChanged() {
-	if a.ctx == nil {
-		return // not running yet
+	if !a.speaks.Load() {
+		return // nobody listens yet
 	}
 	a.judgeEligibility()
 	a.board.notify()
@@ -650,6 +690,9 @@ func (a *Agent) judgeEligibility() {
 func (a *Agent) unfit() string {
 	if a.cfg.Node.Role == config.Witness {
 		return "witness"
+	}
+	if a.upgrading.Load() {
+		return "an upgrade is under way"
 	}
 	if reason := a.orders.unfit(); reason != "" {
 		return reason

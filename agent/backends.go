@@ -133,6 +133,24 @@ func (s *service) run(ctx context.Context) error {
 	return group.Wait()
 }
 
+// inherit goes on with what another agent relayed, and begins with what it knew.
+func (s *service) inherit(r *relay) error {
+	if r == nil {
+		return fmt.Errorf("proxy %s was not inherited", s.cfg.Name)
+	}
+	s.update(func(at time.Duration) {
+		for _, o := range r.own {
+			s.view.Observe(at, o.Backend, health.Result{OK: o.State == health.Up, State: o.State, Reason: o.Reason})
+		}
+	})
+	first, err := s.plan(s.cfg) // whose checks begin with that too
+	if err != nil {
+		return err
+	}
+	s.probes = first.probes
+	return s.proxy.Adopt(r.handed)
+}
+
 func (s *service) setServing(on bool) {
 	s.mu.Lock()
 	s.serving = on

@@ -25,6 +25,7 @@ func runAsFirst(args []string, stdout, stderr io.Writer) int {
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2)
 	agent := exec.Command("/proc/self/exe", args...)
 	agent.Args[0] = os.Args[0]
+	agent.Env = append(os.Environ(), envFirst+"=1")
 	agent.Stdout, agent.Stderr = stdout, stderr
 	if err := agent.Start(); err != nil {
 		fmt.Fprintln(stderr, "hameshd: could not start the agent:", err)

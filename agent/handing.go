@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -57,7 +58,10 @@ type handing struct {
 	kernel   drainer // nil: this kernel cannot, moves reset connections
 	ports    []uint16
 	address  func(vip string) netip.Addr
-	member   func(name string) netip.Addr
+	// target is where a member takes packets of connections that it keeps; not valid: nowhere.
+	target func(vip, member string) netip.Addr
+	// arrival is where this node does, if others cannot know that; not valid: they can.
+	arrival func(vip string) netip.Addr
 	// peer says whether another member serves connections of the VIP that it gave away,
 	// and whom it forwards others to, or did before it became the owner.
 	peer func(name, vip string) (keeps bool, next string)
@@ -79,6 +83,7 @@ type handed struct {
 	told     atomic.Int64
 	from     string                 // member to which unknown packets are forwarded; empty: none
 	toldFrom atomic.Pointer[string] // from, for heartbeats
+	arrival  atomic.Pointer[[]byte] // where this node takes what is forwarded, for heartbeats
 	owner    string                 // when the chain was last looked at
 	// since is when from or the owner last changed.
 	since time.Time
@@ -105,10 +110,13 @@ func (h *handing) forward(vip string, v *handed, to string) {
 		return
 	}
 	var err error
-	if to == "" {
+	switch target := h.target(vip, to); {
+	case to == "":
 		err = h.kernel.Unforward(h.address(vip))
-	} else {
-		err = h.kernel.Forward(h.address(vip), h.ports, h.member(to))
+	case !target.IsValid():
+		err = errors.New("that member has no address of its own of the VIP's IP version on the VIP's interface")
+	default:
+		err = h.kernel.Forward(h.address(vip), h.ports, target)
 	}
 	if err != nil {
 		h.log.Warn("could not change where unknown connections go", "vip", vip, "peer", to, "error", err)
@@ -207,6 +215,7 @@ func (h *handing) run(ctx context.Context, owner func(vip string) string) error 
 			return nil
 		case <-h.count.C:
 			h.each(func(vip string, v *handed) {
+				h.lookArrival(vip, v)
 				if !v.keptSince.IsZero() {
 					h.lookKept(vip, v)
 				}
@@ -290,25 +299,40 @@ func (h *handing) died(member string, owner func(vip string) string) {
 	})
 }
 
-// openHanding connects to the kernel and sweeps; a kernel that cannot do it is no error.
+// resume goes on with what another agent did for a VIP.
+func (h *handing) resume(vip string, d drain) {
+	v := h.vips[vip]
+	if h.kernel == nil || v == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	v.owner = d.Owner
+	if d.Kept {
+		v.keptSince = time.Now().Add(-d.Age)
+		v.told.Store(d.Count)
+		if err := h.kernel.Keep(h.address(vip)); err != nil { // it does already; the kernel's part is known anew
+			h.log.Warn("connections that were kept may break", "vip", vip, "error", err)
+		}
+	}
+	h.forward(vip, v, d.Forwards)
+	v.since = time.Now()
+}
+
+// openHanding connects to the kernel and sweeps, unless another agent's work goes on; a
+// kernel that cannot do it is no error.
 func (a *Agent) openHanding() {
 	h := &handing{
 		self: a.cfg.Node.Name, patience: a.cfg.Timing.SuspectAfter / 2, log: a.log.Named("handover"), vips: map[string]*handed{},
 		address: func(vip string) netip.Addr { return a.vip(vip).Address },
-		member: func(name string) netip.Addr {
-			for _, m := range a.cfg.Members {
-				if m.Name == name {
-					return m.Address
-				}
-			}
-			return netip.Addr{}
-		},
-		peer: a.keptBy, count: time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
+		target:  a.forwardTarget, arrival: a.arrival, peer: a.keptBy,
+		count: time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
 	}
 	for _, v := range a.cfg.VIPs {
 		h.vips[v.Name] = &handed{}
 		h.vips[v.Name].told.Store(-1)
 		h.vips[v.Name].toldFrom.Store(new(string))
+		h.lookArrival(v.Name, h.vips[v.Name])
 	}
 	a.handing = h
 	for _, p := range a.cfg.Proxies {
@@ -322,7 +346,7 @@ func (a *Agent) openHanding() {
 		config.Managed = append(config.Managed, handover.Address{VIP: m.VIP, Addr: m.Addr, Interface: m.Interface})
 	}
 	k, err := handover.Open(config)
-	if err == nil {
+	if err == nil && a.owns {
 		err = k.Sweep()
 	}
 	if err != nil {
@@ -331,8 +355,10 @@ func (a *Agent) openHanding() {
 	}
 	h.kernel = k
 	a.closers = append(a.closers, func() {
-		if err := k.Sweep(); err != nil {
-			h.log.Warn("could not sweep", "error", err)
+		if a.owns {
+			if err := k.Sweep(); err != nil {
+				h.log.Warn("could not sweep", "error", err)
+			}
 		}
 		k.Close()
 	})

@@ -34,7 +34,8 @@ func TestHandingRests(t *testing.T) {
 		h := &handing{
 			self: "cp-1", patience: time.Second, kernel: idleKernel{}, ports: []uint16{16443}, log: hclog.NewNullLogger(),
 			address: func(string) netip.Addr { return netip.MustParseAddr("10.77.0.100") },
-			member:  func(string) netip.Addr { return netip.MustParseAddr("10.77.0.12") },
+			target:  func(string, string) netip.Addr { return netip.MustParseAddr("10.77.0.12") },
+			arrival: func(string) netip.Addr { return netip.Addr{} },
 			peer:    func(string, string) (bool, string) { return keeps.Load(), "" },
 			count:   time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
 			vips: map[string]*handed{"v": {}},

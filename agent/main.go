@@ -25,6 +25,8 @@ Usage:
 FILE is /etc/hamesh/agent.yaml unless given. Logs go to standard error.
 SIGTERM hands every VIP over and ends the agent.
 SIGHUP re-reads FILE: what can change without a restart does, if nothing else has changed.
+SIGUSR2 upgrades: the program's file, as it is then, goes on in place of the running one, with
+every connection. Where it does not start, the running one goes on.
 Exit status: 0 ended by a signal, or valid; 1 failed; 2 wrong usage or configuration.
 `
 
@@ -112,8 +114,19 @@ func validate(path string, stdout, stderr io.Writer) int {
 }
 
 func run(path string, stderr io.Writer) int {
+	file, err := program()
+	if err != nil {
+		fmt.Fprintln(stderr, "hameshd: could not find its own file:", err)
+		return exitFailed
+	}
+	before, err := predecessor()
+	if err != nil {
+		fmt.Fprintln(stderr, "hameshd:", err)
+		return exitFailed
+	}
 	cfg, err := load(path, warnOn(stderr))
 	if err != nil {
+		before.regret(err)
 		fmt.Fprintln(stderr, err)
 		return exitUsage
 	}
@@ -123,20 +136,47 @@ func run(path string, stderr io.Writer) int {
 	// From here on, so that a signal during the start already ends it in order.
 	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer cancel()
-	hangups := make(chan os.Signal, 1) // several before one is served are one
+	hangups, upgrades := make(chan os.Signal, 1), make(chan os.Signal, 1) // several before one is served are one
 	signal.Notify(hangups, unix.SIGHUP)
+	signal.Notify(upgrades, unix.SIGUSR2)
 	defer signal.Stop(hangups)
-	a, err := New(cfg, log)
-	if err != nil {
-		log.Error("could not start", "error", err)
-		return exitFailed
+	defer signal.Stop(upgrades)
+	var left *estate
+	if before != nil {
+		if left, err = inherit(ctx, before); err != nil {
+			log.Error("could not take over from the agent that runs", "error", err)
+			return exitFailed
+		}
+		if err := left.fits(cfg); err != nil {
+			before.regret(err)
+			log.Error("could not take over from the agent that runs", "error", err)
+			return exitFailed
+		}
 	}
-	defer a.Close()
-	a.reload = &reload{agent: a, inForce: cfg, wanted: hangups, log: log, path: path}
-	if err := a.Run(ctx); err != nil {
+	for again := true; again; again = left != nil {
+		left, cfg, err = serve(ctx, cfg, left, log, &reload{wanted: hangups, log: log, path: path}, &upgrade{wanted: upgrades, program: file, log: log})
+	}
+	if err != nil && !errors.Is(err, errSucceeded) {
+		before.regret(err)
 		log.Error("ended", "error", err)
 		return exitFailed
 	}
 	log.Info("ended")
 	return exitOK
+}
+
+// serve is one agent's life. It returns what is left to go on with, if that is not another
+// process's, and the configuration in force.
+func serve(ctx context.Context, cfg *config.Config, from *estate, log *logger, r *reload, u *upgrade) (left *estate, now *config.Config, err error) {
+	a, err := New(cfg, from, log)
+	if err != nil {
+		return nil, nil, fmt.Errorf("could not start: %w", err)
+	}
+	a.reload, a.upgrade = r, u
+	r.agent, r.inForce, u.agent = a, cfg, a
+	left, err = a.Run(ctx)
+	if !errors.Is(err, errSucceeded) {
+		a.Close()
+	}
+	return left, r.inForce, err
 }

@@ -44,7 +44,7 @@ var (
 )
 
 // newMesh makes a mesh that ends with the test. Agents with certificates are the
-// standard; a data race in any of them fails the test.
+// standard; a data race in any of them fails the test, and so does what they leave behind.
 func newMesh(t *testing.T, o lab.Options) *lab.Mesh {
 	t.Helper()
 	dir := t.TempDir()
@@ -67,6 +67,11 @@ func newMesh(t *testing.T, o lab.Options) *lab.Mesh {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if !t.Failed() { // else the logs' ends are about what has failed
+			if err := m.Leave(); err != nil {
+				t.Error(err)
+			}
+		}
 		if t.Failed() {
 			for _, n := range m.Nodes {
 				t.Logf("--- %s\n%s", n.Name, n.Log())

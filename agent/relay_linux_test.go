@@ -350,36 +350,7 @@ func TestReconnect(t *testing.T) {
 	if raceDetector {
 		clients = 500
 	}
-	const port = 6444 // beside the API servers, whose handshakes would be most of the load
-	m := newMesh(t, lab.Options{Agentless: true, Edit: func(node string, config map[string]any) {
-		withoutRamp(node, config)
-		proxy := config["proxies"].([]any)[0].(map[string]any)
-		proxy["healthCheck"] = map[string]any{"scheme": "tcp"}
-		for _, b := range proxy["backends"].([]any) {
-			b := b.(map[string]any)
-			node := netip.MustParseAddrPort(b["address"].(string)).Addr()
-			b["address"] = netip.AddrPortFrom(node, port).String()
-		}
-	}})
-	sources := netip.MustParsePrefix("10.99.0.0/16")
-	if err := traffic.Own(m.Client.Host, sources); err != nil {
-		t.Fatal(err)
-	}
-	var backends []*traffic.Backend
-	for _, n := range m.Nodes {
-		if err := traffic.Reach(n.Host(), sources, m.Client.Sources[0]); err != nil {
-			t.Fatal(err)
-		}
-		b, err := traffic.StartBackend(n.Host(), port)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = b.Close() }) // ends with the mesh in any case
-		backends = append(backends, b)
-		if err := n.StartAgent(); err != nil {
-			t.Fatal(err)
-		}
-	}
+	m, sources, backends := newCheapMesh(t)
 	before := owner(t, m)
 	healthy(t, m)
 	g, err := traffic.StartGenerator(m.Client.Host, traffic.Ends{

@@ -51,7 +51,7 @@ func (r *reload) run(ctx context.Context) error {
 
 // reload reads the file, takes it on if that can be, and says what has come of it.
 func (r *reload) reload(ctx context.Context) {
-	defer r.tellManager()()
+	defer r.agent.tellReloading()()
 	newer, err := load(r.path, func(w string) { r.log.Warn("configuration: " + w) })
 	var changes []config.Change
 	if err == nil {
@@ -128,11 +128,11 @@ func (r *reload) refuse(err error) {
 	r.agent.teller.refused(found)
 }
 
-// tellManager tells the service manager that the agent reloads, and returns what tells
+// tellReloading tells the service manager that the agent reloads, and returns what tells
 // that it is done (sd_notify(3), RELOADING=1). Before the agent is ready it would be taken
 // for that.
-func (r *reload) tellManager() (done func()) {
-	if !r.agent.joined.Load() {
+func (a *Agent) tellReloading() (done func()) {
+	if !a.joined.Load() {
 		return func() {}
 	}
 	var now unix.Timespec

@@ -60,7 +60,7 @@ const (
 func Main(args []string, stderr io.Writer) int {
 	// Whoever stops a service tells all its processes; this one leaves when the agent says
 	// so. A log that nobody reads any more is no reason to die either.
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR2, syscall.SIGPIPE)
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
 

@@ -25,8 +25,10 @@ const (
 	// firstAckWithin bounds connect, TLS handshake and the first ack together, on a
 	// machine that is short of CPU.
 	firstAckWithin = 3 * time.Second
-	// minPause and maxPause lie between two sessions.
+	// minPause and maxPause lie between two attempts, and once lies before the first one
+	// after a session: another process may have taken the place of the one that ended it.
 	minPause, maxPause = 50 * time.Millisecond, 250 * time.Millisecond
+	once               = 10 * time.Millisecond
 	// window is how many bytes may be under way before the other side must have read some.
 	window = 1 << 20
 )
@@ -121,7 +123,10 @@ func (l *Link) Run(ctx context.Context) error {
 			l.cfg.Log.Info("lost the link", "peer", l.cfg.Name, "error", err)
 		}
 		reachable = acked
-		pause := minPause + rand.N(maxPause-minPause)
+		pause := once
+		if !acked {
+			pause = minPause + rand.N(maxPause-minPause)
+		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(pause):

@@ -44,9 +44,10 @@ type Load struct {
 
 // Client is a host with many addresses from which loads are run.
 type Client struct {
-	Host    *Host
-	Port    *Port
-	Sources []netip.Addr
+	Host          *Host
+	Port          *Port
+	Sources       []netip.Addr
+	SecondSources []netip.Addr // those of IPv6 on a dual segment
 
 	certificate string
 	log         string
@@ -60,9 +61,13 @@ func newClient(m *Mesh) (*Client, error) {
 	c := &Client{Host: host, log: filepath.Join(m.dir, "client.log")}
 	c.certificate, _ = certificateFiles(m.dir)
 	var prefixes []netip.Prefix
-	for i, a := 0, firstClient; i < m.options.Clients; i, a = i+1, a.Next() {
-		c.Sources = append(c.Sources, a)
-		prefixes = append(prefixes, netip.PrefixFrom(a, subnetBits))
+	for i, p := range m.plans {
+		sources := []*[]netip.Addr{&c.Sources, &c.SecondSources}[i]
+		for n := range m.options.Clients {
+			prefix := p.client(n)
+			*sources = append(*sources, prefix.Addr())
+			prefixes = append(prefixes, prefix)
+		}
 	}
 	if c.Port, err = m.Switch.Attach(host, hostInterface, prefixes...); err != nil {
 		return nil, errors.Join(err, host.Close())

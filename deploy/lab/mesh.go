@@ -20,15 +20,13 @@ const (
 	hostInterface = "eth0"
 	subnetBits    = 16
 	vipName       = "kube-api"
+	secondVIPName = "kube-api-6" // of a dual segment
 	proxyPort     = 16443
 	etcdPeerPort  = 7480
 )
 
-var (
-	vip         = netip.MustParseAddr("10.77.0.100")
-	firstNode   = netip.MustParseAddr("10.77.0.11")
-	firstClient = netip.MustParseAddr("10.77.1.1")
-)
+// vip is the IPv4 one.
+var vip = netip.MustParseAddr("10.77.0.100")
 
 // Options say what mesh to make. The zero value is three candidates, embedded etcd,
 // the default timing, no TLS between agents.
@@ -36,7 +34,8 @@ type Options struct {
 	Nodes     int    // 0: 3; at most 80
 	Witnesses int    // how many of the nodes, the last ones, are witnesses
 	Timing    string // timing profile; empty: default
-	Clients   int    // source addresses of the client; 0: 20, at most 250
+	Clients   int    // source addresses of the client, of each IP version; 0: 20, at most 250
+	Segment   Segment
 
 	ExternalStore bool // three etcd members on a host of their own: Mesh.Store
 	Agentless     bool // no agent is started, for what is measured beside hamesh
@@ -52,15 +51,18 @@ type Options struct {
 type Files struct{ CA, Certificate, Key string }
 
 // Mesh is a running mesh: nodes cp-1, cp-2, … from 10.77.0.11 on, the VIP 10.77.0.100,
-// and a client with the addresses from 10.77.1.1 on, all in 10.77.0.0/16 on one switch.
+// and a client with the addresses from 10.77.1.1 on, all in 10.77.0.0/16 on one switch. By
+// IPv6 they are fd77::11, fd77::100 and fd77::1:1, in fd77::/64.
 type Mesh struct {
 	Switch   *Switch
 	Nodes    []*Node
 	Client   *Client
 	Store    *Store // nil: embedded in the agents
 	Recorder *Recorder
+	Second   *Recorder // of the IPv6 VIP of a dual segment; nil: there is none
 
 	options  Options
+	plans    []addressing
 	dir      string
 	stations []interface{ close() error } // what else is on the switch
 	stranger *station
@@ -81,7 +83,11 @@ func NewMesh(o Options) (*Mesh, error) {
 	if o.Nodes < 1 || o.Nodes > 80 || o.Witnesses < 0 || o.Witnesses > o.Nodes || o.Clients < 1 || o.Clients > 250 {
 		return nil, fmt.Errorf("make a mesh: %d nodes, %d witnesses, %d clients: out of range", o.Nodes, o.Witnesses, o.Clients)
 	}
-	m := &Mesh{options: o}
+	plans, err := o.Segment.plans()
+	if err != nil {
+		return nil, fmt.Errorf("make a mesh: %w", err)
+	}
+	m := &Mesh{options: o, plans: plans}
 	if err := m.start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("make a mesh: %w", err), m.Close())
 	}
@@ -95,16 +101,21 @@ func (m *Mesh) start() (err error) {
 	if m.dir, err = os.MkdirTemp(Dir(), "mesh-"); err != nil {
 		return fmt.Errorf("make a directory: %w", err)
 	}
-	names := []netip.Addr{vip}
-	for i, address := 0, firstNode; i < m.options.Nodes; i, address = i+1, address.Next() {
-		n, err := newNode(m, fmt.Sprintf("cp-%d", i+1), address)
+	var names []netip.Addr
+	for _, p := range m.plans {
+		names = append(names, p.vip)
+	}
+	for i := range m.options.Nodes {
+		n, err := newNode(m, fmt.Sprintf("cp-%d", i+1), i)
 		if n != nil {
 			m.Nodes = append(m.Nodes, n)
 		}
 		if err != nil {
 			return err
 		}
-		names = append(names, address)
+		for _, p := range n.prefixes {
+			names = append(names, p.Addr())
+		}
 	}
 	if err := writeCertificate(m.dir, names); err != nil {
 		return err
@@ -117,7 +128,10 @@ func (m *Mesh) start() (err error) {
 			return err
 		}
 	}
-	m.Recorder = record(vip, m.Nodes)
+	m.Recorder = record(m.plans[0].vip, m.Nodes)
+	if len(m.plans) > 1 {
+		m.Second = record(m.plans[1].vip, m.Nodes)
+	}
 	if m.options.ExternalStore {
 		if m.Store, err = newStore(m); err != nil {
 			return err
@@ -138,7 +152,10 @@ func (m *Mesh) start() (err error) {
 }
 
 // VIP is where clients connect to: the virtual address and the proxy's port.
-func (m *Mesh) VIP() netip.AddrPort { return netip.AddrPortFrom(vip, proxyPort) }
+func (m *Mesh) VIP() netip.AddrPort { return netip.AddrPortFrom(m.plans[0].vip, proxyPort) }
+
+// SecondVIP is the same for the IPv6 VIP, called kube-api-6, of a dual segment.
+func (m *Mesh) SecondVIP() netip.AddrPort { return netip.AddrPortFrom(m.plans[1].vip, proxyPort) }
 
 // TLS is a client's configuration that trusts the stand-in API servers, by whichever
 // of the mesh's addresses they are reached.
@@ -161,9 +178,11 @@ func (m *Mesh) Node(name string) *Node {
 // again does nothing.
 func (m *Mesh) Close() error {
 	var errs []error
-	if m.Recorder != nil {
-		errs = append(errs, m.Recorder.stop())
-		m.Recorder = nil
+	for _, r := range []**Recorder{&m.Recorder, &m.Second} {
+		if *r != nil {
+			errs = append(errs, (*r).stop())
+			*r = nil
+		}
 	}
 	for _, s := range m.stations {
 		errs = append(errs, s.close())
@@ -174,7 +193,7 @@ func (m *Mesh) Close() error {
 		m.Client = nil
 	}
 	for _, n := range slices.Backward(m.Nodes) {
-		errs = append(errs, n.PowerOff(), n.races())
+		errs = append(errs, n.PowerOff(), n.notices.close(), n.races())
 	}
 	m.Nodes = nil
 	if m.Store != nil {
@@ -210,7 +229,10 @@ func (n *Node) races() error {
 // config is the node's agent.yaml.
 func (m *Mesh) config(n *Node) (map[string]any, error) {
 	type object = map[string]any
-	var members, backends []any
+	var members, backends, vips []any
+	for _, p := range m.plans {
+		vips = append(vips, object{"name": p.vipName, "address": p.vip.String(), "interface": hostInterface})
+	}
 	role := "candidate"
 	for i, node := range m.Nodes {
 		members = append(members, object{"name": node.Name, "address": node.Address.String()})
@@ -233,7 +255,7 @@ func (m *Mesh) config(n *Node) (map[string]any, error) {
 		"store":      object{"embedded": object{"peerPort": etcdPeerPort}},
 		"tls":        object{"insecure": true},
 		"timing":     object{"profile": m.options.Timing},
-		"vips":       []any{object{"name": vipName, "address": vip.String(), "interface": hostInterface}},
+		"vips":       vips,
 		"proxies": []any{object{
 			"name": vipName, "port": proxyPort, "backends": backends,
 			"healthCheck": object{"scheme": "https", "path": "/readyz"},

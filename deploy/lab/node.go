@@ -37,8 +37,9 @@ type Node struct {
 	Address netip.Addr
 	API     *APIServer
 
-	mesh *Mesh
-	dir  string // its disk: outlasts PowerOff
+	mesh     *Mesh
+	prefixes []netip.Prefix // its addresses, the first one is Address
+	dir      string         // its disk: outlasts PowerOff
 
 	life sync.Mutex // held while the node's power or agent is switched
 
@@ -46,13 +47,31 @@ type Node struct {
 	host  *Host        // nil: powered off
 	port  *Port
 	agent *process
+	// before is what the host had before its first agent; nil: it had none yet.
+	before []string
+
+	notices *notices
 }
 
-func newNode(m *Mesh, name string, address netip.Addr) (*Node, error) {
-	n := &Node{Name: name, Address: address, mesh: m, dir: filepath.Join(m.dir, name)}
+func newNode(m *Mesh, name string, number int) (*Node, error) {
+	n := &Node{Name: name, mesh: m, dir: filepath.Join(m.dir, name)}
+	for _, p := range m.plans {
+		n.prefixes = append(n.prefixes, p.node(number))
+	}
+	n.Address = n.prefixes[0].Addr()
 	n.API = &APIServer{node: n}
 	if err := os.MkdirAll(filepath.Join(n.dir, "data"), 0o700); err != nil {
 		return nil, fmt.Errorf("make the disk of %s: %w", name, err)
+	}
+	executable, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Symlink(executable, n.Program()); err != nil {
+		return nil, fmt.Errorf("install the agent of %s: %w", name, err)
+	}
+	if n.notices, err = listenForNotices(filepath.Join(n.dir, "notify"), n.follow); err != nil {
+		return nil, err
 	}
 	return n, n.plug()
 }
@@ -63,20 +82,20 @@ func (n *Node) plug() error {
 	if err != nil {
 		return err
 	}
-	port, err := n.mesh.Switch.attach(host, hostInterface, n.mac(), []netip.Prefix{netip.PrefixFrom(n.Address, subnetBits)})
+	port, err := n.mesh.Switch.attach(host, hostInterface, n.mac(), n.prefixes)
 	if err != nil {
 		return errors.Join(fmt.Errorf("connect %s: %w", n.Name, err), host.Close())
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.host, n.port = host, port
+	n.host, n.port, n.before = host, port, nil
 	return nil
 }
 
 // mac is the same after PowerOff and PowerOn, as a machine's is; 02 is "locally administered".
 func (n *Node) mac() net.HardwareAddr {
-	a := n.Address.As4()
-	return net.HardwareAddr{0x02, 0x00, a[0], a[1], a[2], a[3]}
+	a := n.Address.As16() // that of IPv4 ends with its four bytes
+	return net.HardwareAddr{0x02, 0x00, a[12], a[13], a[14], a[15]}
 }
 
 // Host is the node's network: another one after each PowerOn, nil while it is off.
@@ -102,6 +121,27 @@ func (n *Node) LogFile() string { return filepath.Join(n.dir, "agent.log") }
 // Log returns the end of the agent's log, over all its lives.
 func (n *Node) Log() string { return tail(n.LogFile()) }
 
+// Program is the file that the agent is started from, a link. What is there instead is what
+// an upgrade starts.
+func (n *Node) Program() string { return filepath.Join(n.dir, "hameshd") }
+
+// AgentPID is the agent's process id; 0: it does not run.
+func (n *Node) AgentPID() int {
+	if p := n.process(); p.running() {
+		return p.cmd.Process.Pid
+	}
+	return 0
+}
+
+// follow takes another process for the agent's: the agent says that it goes on there.
+func (n *Node) follow(pid int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if p, err := n.agent.follow(pid); err == nil { // else it has ended already
+		n.agent = p
+	}
+}
+
 // StartAgent writes the node's configuration and starts its agent. A running one stays.
 func (n *Node) StartAgent() error {
 	n.life.Lock()
@@ -112,6 +152,15 @@ func (n *Node) StartAgent() error {
 	host := n.Host()
 	if host == nil {
 		return fmt.Errorf("start the agent of %s: it is powered off", n.Name)
+	}
+	if n.before == nil {
+		before, err := host.traces()
+		if err != nil {
+			return fmt.Errorf("start the agent of %s: %w", n.Name, err)
+		}
+		n.mu.Lock()
+		n.before = before
+		n.mu.Unlock()
 	}
 	config, err := n.mesh.config(n)
 	if err != nil {
@@ -124,7 +173,10 @@ func (n *Node) StartAgent() error {
 	if err := os.WriteFile(n.configFile(), b, 0o600); err != nil {
 		return fmt.Errorf("write the configuration of %s: %w", n.Name, err)
 	}
-	p, err := launch(host, Command(roleAgent, "--config", n.configFile()), n.LogFile())
+	cmd := Command(roleAgent, "--config", n.configFile())
+	cmd.Args[0] = n.Program()
+	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+n.notices.path())
+	p, err := launch(host, cmd, n.LogFile())
 	if err != nil {
 		return err
 	}

@@ -75,6 +75,9 @@ func (p *process) running() bool {
 	}
 }
 
+// stoppedInOrder says whether it has ended by itself, with success.
+func (p *process) stoppedInOrder() bool { return p != nil && !p.running() && p.err == nil }
+
 func (p *process) signal(s os.Signal) error {
 	if !p.running() {
 		return fmt.Errorf("signal a process that is not running: %w", os.ErrProcessDone)

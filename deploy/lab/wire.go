@@ -69,7 +69,7 @@ type probe struct {
 	double   int // 1 + index in doubles; 0: one speaker at most
 }
 
-// WatchWire begins to listen and to ask. It ends with the mesh.
+// WatchWire begins to listen and to ask, on a segment with IPv4. It ends with the mesh.
 func (m *Mesh) WatchWire() (*Wire, error) {
 	prober, err := newStation(m, "prober", firstProbe)
 	if err != nil {

@@ -690,9 +690,12 @@ type VipReport struct {
 	// How many.
 	KeptConnections uint32 `protobuf:"varint,11,opt,name=kept_connections,json=keptConnections,proto3" json:"kept_connections,omitempty"`
 	// The member to which it sends packets of connections it does not know; empty: none.
-	ForwardsTo    string `protobuf:"bytes,12,opt,name=forwards_to,json=forwardsTo,proto3" json:"forwards_to,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ForwardsTo string `protobuf:"bytes,12,opt,name=forwards_to,json=forwardsTo,proto3" json:"forwards_to,omitempty"`
+	// Where it takes packets of connections that it keeps, 4 or 16 bytes, if the VIP is of
+	// another IP version than the members' addresses; empty: there, or nowhere.
+	ForwardAddress []byte `protobuf:"bytes,13,opt,name=forward_address,json=forwardAddress,proto3" json:"forward_address,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *VipReport) Reset() {
@@ -807,6 +810,13 @@ func (x *VipReport) GetForwardsTo() string {
 		return x.ForwardsTo
 	}
 	return ""
+}
+
+func (x *VipReport) GetForwardAddress() []byte {
+	if x != nil {
+		return x.ForwardAddress
+	}
+	return nil
 }
 
 // Ask is a candidate's wish to take over.
@@ -1072,7 +1082,7 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x04gone\x18\b \x01(\bR\x04gone\x12\x16\n" +
 	"\x06reason\x18\t \x01(\tR\x06reason\x12\x18\n" +
 	"\arequest\x18\n" +
-	" \x01(\tR\arequest\"\xfe\x02\n" +
+	" \x01(\tR\arequest\"\xa7\x03\n" +
 	"\tVipReport\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12)\n" +
 	"\x06record\x18\x02 \x01(\v2\x11.hamesh.v1.RecordR\x06record\x12\x16\n" +
@@ -1087,7 +1097,8 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	" \x01(\bR\x05keeps\x12)\n" +
 	"\x10kept_connections\x18\v \x01(\rR\x0fkeptConnections\x12\x1f\n" +
 	"\vforwards_to\x18\f \x01(\tR\n" +
-	"forwardsTo\";\n" +
+	"forwardsTo\x12'\n" +
+	"\x0fforward_address\x18\r \x01(\fR\x0eforwardAddress\";\n" +
 	"\x03Ask\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\x04R\aattempt\"f\n" +

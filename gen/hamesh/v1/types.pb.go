@@ -373,6 +373,12 @@ const (
 	EventKind_EVENT_KIND_CONFIG_RELOADED EventKind = 27
 	// The node's agent has read its configuration again, and goes on with the one before.
 	EventKind_EVENT_KIND_CONFIG_REFUSED EventKind = 28
+	// The node's agent is to be upgraded in place.
+	EventKind_EVENT_KIND_UPGRADE_BEGUN EventKind = 29
+	// Another process goes on in place of the node's agent, with its connections.
+	EventKind_EVENT_KIND_UPGRADE_DONE EventKind = 30
+	// The upgrade came to nothing: the node's agent goes on, for that reason.
+	EventKind_EVENT_KIND_UPGRADE_REFUSED EventKind = 31
 )
 
 // Enum value maps for EventKind.
@@ -407,6 +413,9 @@ var (
 		26: "EVENT_KIND_CRASH_REQUESTED",
 		27: "EVENT_KIND_CONFIG_RELOADED",
 		28: "EVENT_KIND_CONFIG_REFUSED",
+		29: "EVENT_KIND_UPGRADE_BEGUN",
+		30: "EVENT_KIND_UPGRADE_DONE",
+		31: "EVENT_KIND_UPGRADE_REFUSED",
 	}
 	EventKind_value = map[string]int32{
 		"EVENT_KIND_UNSPECIFIED":      0,
@@ -438,6 +447,9 @@ var (
 		"EVENT_KIND_CRASH_REQUESTED":  26,
 		"EVENT_KIND_CONFIG_RELOADED":  27,
 		"EVENT_KIND_CONFIG_REFUSED":   28,
+		"EVENT_KIND_UPGRADE_BEGUN":    29,
+		"EVENT_KIND_UPGRADE_DONE":     30,
+		"EVENT_KIND_UPGRADE_REFUSED":  31,
 	}
 )
 
@@ -1287,7 +1299,7 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x10BACKEND_STATE_UP\x10\x01\x12\x16\n" +
 	"\x12BACKEND_STATE_DOWN\x10\x02\x12\x1a\n" +
 	"\x16BACKEND_STATE_DRAINING\x10\x03\x12\x1a\n" +
-	"\x16BACKEND_STATE_DISABLED\x10\x04*\xf1\x06\n" +
+	"\x16BACKEND_STATE_DISABLED\x10\x04*\xcc\a\n" +
 	"\tEventKind\x12\x1a\n" +
 	"\x16EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18EVENT_KIND_AGENT_STARTED\x10\x01\x12\x1d\n" +
@@ -1318,7 +1330,10 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x18EVENT_KIND_PROBLEM_ENDED\x10\x19\x12\x1e\n" +
 	"\x1aEVENT_KIND_CRASH_REQUESTED\x10\x1a\x12\x1e\n" +
 	"\x1aEVENT_KIND_CONFIG_RELOADED\x10\x1b\x12\x1d\n" +
-	"\x19EVENT_KIND_CONFIG_REFUSED\x10\x1cB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"\x19EVENT_KIND_CONFIG_REFUSED\x10\x1c\x12\x1c\n" +
+	"\x18EVENT_KIND_UPGRADE_BEGUN\x10\x1d\x12\x1b\n" +
+	"\x17EVENT_KIND_UPGRADE_DONE\x10\x1e\x12\x1e\n" +
+	"\x1aEVENT_KIND_UPGRADE_REFUSED\x10\x1fB1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_types_proto_rawDescOnce sync.Once
