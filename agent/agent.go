@@ -90,9 +90,9 @@ type Agent struct {
 
 	lock     *os.File // the node's
 	ports    ports
-	estate   *estate      // of the agent whose place this one takes; nil: it starts anew
+	estate   *Estate      // of the agent whose place this one takes; nil: it starts anew
 	owns     bool         // what is done for connections of VIPs that moved away is this agent's doing
-	departed chan *estate // what is left when another process, or another agent here, goes on
+	departed chan *Estate // what is left when another process, or another agent here, goes on
 	// upgrading: this node takes no VIP.
 	upgrading atomic.Bool
 
@@ -128,11 +128,11 @@ type Agent struct {
 // New prepares the agent of a resolved configuration: it takes the node's lock, sweeps
 // what an earlier run has left, and binds the proxies' ports; nothing runs yet. Close undoes
 // it. With an estate it takes the place of the agent that has left it, instead.
-func New(cfg *config.Config, from *estate, log hclog.Logger) (_ *Agent, err error) {
+func New(cfg *config.Config, from *Estate, log hclog.Logger) (_ *Agent, err error) {
 	a := &Agent{
 		cfg: cfg, log: log, board: newBoard(), links: map[string]*peer.Link{}, noCarrier: map[string]bool{},
 		clean:  true,
-		estate: from, owns: from == nil, departed: make(chan *estate, 1),
+		estate: from, owns: from == nil, departed: make(chan *Estate, 1),
 		guarded: make(chan struct{}), relieve: make(chan struct{}), relieved: make(chan struct{}),
 		hearing: &hearing{newest: map[string]*hameshv1.Heartbeat{}, wake: make(chan struct{}, 1)},
 		silent:  make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
@@ -346,7 +346,7 @@ func (a *Agent) Close() {
 // fails ends the rest. It returns errSucceeded when another process goes on in its place: then
 // this one has to end, and nothing is to be closed before. When that came to nothing too late
 // for this agent to go on, it returns what is left to go on with.
-func (a *Agent) Run(ctx context.Context) (*estate, error) {
+func (a *Agent) Run(ctx context.Context) (*Estate, error) {
 	if err := a.listen(); err != nil {
 		return nil, err
 	}
@@ -364,7 +364,7 @@ func (a *Agent) Run(ctx context.Context) (*estate, error) {
 	a.start()
 	a.tellBegun()
 
-	var left *estate
+	var left *Estate
 	select {
 	case <-a.ctx.Done(): // a task has failed
 	case <-ctx.Done():

@@ -24,9 +24,9 @@ import (
 // alive that it has not heard itself: the links are there, so it is heard in milliseconds.
 const trustWithin = 2 * time.Second
 
-// estate is what an agent leaves to the one that goes on in its place: in another process
+// Estate is what an agent leaves to the one that goes on in its place: in another process
 // after an upgrade, in the same one where that failed. A VIP is never part of it.
-type estate struct {
+type Estate struct {
 	will
 	lock    *os.File // the node's, locked
 	ports   []int    // descriptors of the agent's own, as duplicate returns them
@@ -301,7 +301,7 @@ func (a *Agent) tellBegun() {
 }
 
 // cease gives the business back that this agent could not pass on to another process.
-func (a *Agent) cease(left *estate) {
+func (a *Agent) cease(left *Estate) {
 	if left.given {
 		return
 	}
@@ -314,7 +314,7 @@ func (a *Agent) cease(left *estate) {
 }
 
 // depart ends an agent whose business goes on in another one here, and returns it.
-func (a *Agent) depart(left *estate, err error) (*estate, error) {
+func (a *Agent) depart(left *Estate, err error) (*Estate, error) {
 	a.owns = false
 	err = errors.Join(err, a.store.Close())
 	switch {

@@ -42,12 +42,12 @@ func predecessor() (*passing, error) {
 
 // inherit says that this process is fit as far as it can tell, waits until the predecessor
 // has nothing that may be here once only but its business, and returns the estate.
-func inherit(ctx context.Context, from *passing) (*estate, error) {
+func inherit(ctx context.Context, from *passing) (*Estate, error) {
 	defer context.AfterFunc(ctx, func() { from.conn.Close() })()
 	if err := from.send(word{Format: passingFormat, Version: Version}); err != nil {
 		return nil, err
 	}
-	e := &estate{}
+	e := &Estate{}
 	fds, err := from.receive(&e.will)
 	if err != nil {
 		return nil, err

@@ -82,7 +82,7 @@ func (u *upgrade) run(ctx context.Context) error {
 
 // upgrade returns nothing when another process goes on. With an error, that did not
 // come to pass: then what is left, if anything, has to go on in this process.
-func (u *upgrade) upgrade(ctx context.Context) (left *estate, err error) {
+func (u *upgrade) upgrade(ctx context.Context) (left *Estate, err error) {
 	a := u.agent
 	u.log.Info("an upgrade is wanted", "program", u.program)
 	a.events.record(&hameshv1.Event{
@@ -170,8 +170,8 @@ func (a *Agent) setUpgrading(on bool) {
 
 // retire ends what must not be in two processes, heartbeats, votes and connections aside,
 // and returns what is left.
-func (a *Agent) retire(ctx context.Context) (left *estate, err error) {
-	left = &estate{will: willOf(a.cfg), lock: a.lock}
+func (a *Agent) retire(ctx context.Context) (left *Estate, err error) {
+	left = &Estate{will: willOf(a.cfg), lock: a.lock}
 	left.Flows = a.flows.boot
 	if left.ports, err = a.ports.duplicate(); err != nil {
 		a.setUpgrading(false)
@@ -191,7 +191,7 @@ func (a *Agent) retire(ctx context.Context) (left *estate, err error) {
 }
 
 // pass gives everything to the successor, and returns for how long connections stood still.
-func (a *Agent) pass(s *successor, left *estate) (frozen time.Duration, err error) {
+func (a *Agent) pass(s *successor, left *Estate) (frozen time.Duration, err error) {
 	err = s.within(installWithin, func() error {
 		return s.send(left.will, append([]int{int(left.lock.Fd())}, left.ports...)...)
 	})
