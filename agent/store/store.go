@@ -101,7 +101,9 @@ const (
 	defaultPrefix  = "/hamesh"
 	minPoll        = 50 * time.Millisecond
 	requestTimeout = time.Second
-	closeTimeout   = 5 * time.Second
+	// closeTimeout is longer than etcd waits for a request under way where members are dead:
+	// 5.5 s (server/config, ReqTimeout).
+	closeTimeout = 6 * time.Second
 	// lateAnswer is how long a write may stay unanswered once all that was proposed before
 	// it is committed or lost: the rest of its way is within this process.
 	lateAnswer = 5 * time.Millisecond
