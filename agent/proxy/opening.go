@@ -14,8 +14,9 @@ import (
 // come to a backend is in its opening until that has sent something. What a client of an
 // API server sends first is a TLS ClientHello, which may be sent to another server as well:
 // it has no effect other than the answer. It is kept, and where the backend leaves it
-// unanswered for raceAfter, it is sent to a rival, the next Up backend in rank, too. The
-// first to send a byte has the client, and the other one is reset.
+// unanswered for raceAfter, and has sent nothing to any other client meanwhile, it is sent to
+// a rival, the next Up backend in rank, too. The first to send a byte has the client, and the
+// other one is reset. A backend that serves others meanwhile is busy, and has more time.
 //
 // Nothing is sent twice but a whole ClientHello without early data after which the client
 // has sent nothing. Whatever else comes from the client ends the opening, and stays with
@@ -24,6 +25,8 @@ const (
 	// rivalsMost is how many rivals a session has, one after the other, each for raceAfter,
 	// but the last one for as long as it takes.
 	rivalsMost = 2
+	// busyLooks is for how many times raceAfter a backend is given that serves others meanwhile.
+	busyLooks = 4
 	// rivalPrice is how many openings in time pay for one rival, and rivalCredit how many a
 	// loop may owe. Where all servers are so overloaded that none answers in time, racing
 	// them would double their load for ever; so it ends by itself.
@@ -47,6 +50,7 @@ type opening struct {
 	flight flight // what that is
 	since  time.Duration
 	heard  uint64 // what all clients had received of the backend when the last of kept was passed on
+	looks  int    // for which the backend was only busy
 	rivals int    // as yet
 }
 
@@ -111,6 +115,14 @@ func (l *loop) settle(s *session) {
 // contest goes on with a session whose server, or last rival, has been silent for raceAfter.
 func (l *loop) contest(s *session) {
 	o := s.up.opening
+	if heard := s.backend.received.Load(); heard != o.heard && o.looks < busyLooks {
+		// It serves others, so it is busy: asking a second server at once would make all of
+		// them busier. Or it has hung just now.
+		o.heard = heard
+		o.looks++
+		l.racing.start(s, l.now)
+		return
+	}
 	for o.flight == whole && o.rivals < rivalsMost && l.openings.owed+rivalPrice <= rivalCredit {
 		b := l.next(s)
 		if b == nil || b.avoided(l.now) {
