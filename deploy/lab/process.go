@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -27,6 +28,8 @@ type process struct {
 	log  string
 	done chan struct{} // closed when it has ended and err is set
 	err  error
+	// killed: of one that is not our child nobody else says how it has ended.
+	killed atomic.Bool
 }
 
 // launch starts cmd on the host; what it prints is appended to the file log, unless
@@ -76,11 +79,16 @@ func (p *process) running() bool {
 }
 
 // stoppedInOrder says whether it has ended by itself, with success.
-func (p *process) stoppedInOrder() bool { return p != nil && !p.running() && p.err == nil }
+func (p *process) stoppedInOrder() bool {
+	return p != nil && !p.running() && p.err == nil && !p.killed.Load()
+}
 
 func (p *process) signal(s os.Signal) error {
 	if !p.running() {
 		return fmt.Errorf("signal a process that is not running: %w", os.ErrProcessDone)
+	}
+	if s == unix.SIGKILL {
+		p.killed.Store(true)
 	}
 	if err := p.cmd.Process.Signal(s); err != nil {
 		return fmt.Errorf("signal %s: %w", p.cmd.Args[0], err)
