@@ -5,7 +5,9 @@ import (
 	"net/netip"
 )
 
-// lookArrival notes where this node takes what is forwarded, which may change.
+// lookArrival notes where this node takes what is forwarded. That may change: it is looked
+// up whenever the VIP comes here, so that the next owner knows it before it goes, and while
+// something is kept.
 func (h *handing) lookArrival(vip string, v *handed) {
 	told := h.arrival(vip).AsSlice()
 	v.arrival.Store(&told)

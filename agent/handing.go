@@ -160,6 +160,7 @@ func (h *handing) give(hold ownership.Hold) {
 		}
 		v.keptSince = time.Now()
 		v.told.Store(0)
+		h.lookArrival(hold.VIP, v)
 		h.count.Reset(drainLook)
 	})
 }
@@ -170,7 +171,10 @@ func (h *handing) take(hold ownership.Hold) {
 	if h.kernel == nil {
 		return
 	}
-	h.within(hold.VIP, func(v *handed) { h.forward(hold.VIP, v, hold.Peer) })
+	h.within(hold.VIP, func(v *handed) {
+		h.forward(hold.VIP, v, hold.Peer)
+		h.lookArrival(hold.VIP, v)
+	})
 }
 
 // held ends what was kept of an address that is back on its interface.
@@ -215,7 +219,7 @@ func (h *handing) run(ctx context.Context, owner func(vip string) string) error 
 			return nil
 		case <-h.count.C:
 			h.each(func(vip string, v *handed) {
-				h.lookArrival(vip, v)
+				h.lookArrival(vip, v) // for those who have to forward here while it is kept
 				if !v.keptSince.IsZero() {
 					h.lookKept(vip, v)
 				}

@@ -36,6 +36,9 @@ func TestLimits(t *testing.T) {
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("refusing took %v", took)
 	}
+	if got := p.Full(netip.MustParseAddr(client(9))); got != Limit {
+		t.Errorf("a full proxy is said to be so by %v", got)
+	}
 	conns[4].Close()
 	eventually(t, "there is room again", func() bool { return p.Stats().Connections == 4 })
 	conn, err := net.DialTCP("tcp4", &net.TCPAddr{IP: net.ParseIP(client(0))}, &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: int(p.Port())})
@@ -45,6 +48,9 @@ func TestLimits(t *testing.T) {
 	}
 	if !isReset(err) {
 		t.Errorf("one too many of a client: %v, want a reset", err)
+	}
+	if own, other := p.Full(netip.MustParseAddr(client(0))), p.Full(netip.MustParseAddr(client(1))); own != ClientLimit || other != 0 {
+		t.Errorf("full for one client by %v, for another one by %v", own, other)
 	}
 	mustName(t, dial(t, p, client(1)))
 	stats := p.Stats()
