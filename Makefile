@@ -24,8 +24,8 @@ demo: ## the main job on this machine, in network namespaces (KEEP=1: leave it r
 # One package at a time: most of them time real kernels and sockets. The race detector slows
 # agents down so much that what loads a whole mesh runs at full speed, without it, instead;
 # some tests run both ways.
-FULL_SPEED = TestForwarded$$|TestRollingRestart$$|TestDual$$|TestUpgradeRefused$$
-BOTH_WAYS  = TestMesh$$|TestStreamsOutliveMoves$$|TestDrain$$|TestUpgrades$$
+FULL_SPEED = TestForwarded$$|TestStreamsOutliveMoves$$|TestRollingRestart$$|TestDual$$|TestUpgradeRefused$$
+BOTH_WAYS  = TestMesh$$|TestDrain$$|TestUpgrades$$
 test: ## all tests, with the race detector, on real namespaces
 	CGO_ENABLED=1 go test -race -p 1 -timeout 30m -skip '$(FULL_SPEED)' $(ARGS) ./...
 	go test -count 1 -timeout 20m ./agent -run '$(FULL_SPEED)|$(BOTH_WAYS)'

@@ -38,32 +38,13 @@ type server struct {
 	done     sync.WaitGroup
 }
 
+// serve starts a server that says its name first.
 func serve(t *testing.T, address string, handle func(*net.TCPConn)) *server {
 	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := netip.MustParseAddrPort(listener.Addr().String())
-	s := &server{name: addr.Addr().String(), addr: addr, listener: listener}
-	s.done.Go(func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			s.mu.Lock()
-			s.conns = append(s.conns, conn)
-			s.mu.Unlock()
-			s.done.Go(func() {
-				defer conn.Close()
-				fmt.Fprintf(conn, "%-16s", s.name)
-				handle(conn.(*net.TCPConn))
-			})
-		}
+	return listens(t, address, func(conn *net.TCPConn) {
+		fmt.Fprintf(conn, "%-16s", conn.LocalAddr().(*net.TCPAddr).IP)
+		handle(conn)
 	})
-	t.Cleanup(s.kill)
-	return s
 }
 
 // kill ends the server as a crash of its process would.

@@ -61,8 +61,8 @@ func TestTables(t *testing.T) {
 	}
 	text := strings.Join([]string{b.main().RenderMarkdown(), b.growth().RenderMarkdown()}, "\n")
 	for _, row := range []string{
-		"| connections, one request each, /s | 200 (100 to 300) | 100 (50 to 150) | 66 (33 to 100) | 0.66 | 0.33 |",
-		"| cost | – | 1 | 2 | 2.00 | – |",
+		"| connections, one request each, /s | 200 (100 to 300) | 100 (50 to 150) | 66 (33 to 100) | 50 (25 to 75) | 0.50 | 0.25 |",
+		"| cost | – | 1 | 2 | 3 | 3.00 | – |",
 		"| latency, µs | HAProxy | 12 | 22 |",
 	} {
 		if strings.Count(text, row) != 1 {
