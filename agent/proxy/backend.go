@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -35,8 +36,9 @@ type backend struct {
 	sent, received, total, failures, outrun atomic.Uint64
 
 	// Guarded by Proxy.mu.
-	drain *time.Timer // ends its sessions; nil: not running
-	wasUp bool        // so that coming up now is a recovery
+	drain  *time.Timer // ends its sessions; nil: not running
+	wasUp  bool        // so that coming up now is a recovery
+	spared bool        // it is Down and has kept its sessions, since none was Up
 }
 
 // backend returns the backend of a name; nil: there is none.
@@ -80,17 +82,15 @@ func (b *backend) ramp(now, slowStart time.Duration) float64 {
 // and becomes Up beside others gets its clients back over Config.SlowStart.
 //
 // Connections to a backend that becomes Disabled are reset at once; those to one that
-// becomes Down are too, with OnDownClose. Those to one that becomes Draining, or Down with
-// OnDownDrain, are reset after Config.DrainTimeout.
+// becomes Down are too, with OnDownClose, if another one is Up. If none is, their clients
+// would only come back to servers that are in trouble already, all of them at once: they
+// keep what they have until reprieve after the next one has come Up. Connections to one that
+// becomes Draining, or Down with OnDownDrain, are reset after Config.DrainTimeout.
 func (p *Proxy) SetBackends(states map[string]health.State) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	others := 0
-	for _, b := range p.backends {
-		if b.State() == health.Up {
-			others++
-		}
-	}
+	before := p.countUp()
+	var down []*backend // now, and their connections are to be reset
 	for _, b := range p.backends {
 		state, named := states[b.Name]
 		was := b.State()
@@ -99,10 +99,11 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		}
 		p.stopDrain(b)
 		b.rising.Store(0)
+		b.spared = false
 		if state == health.Up {
 			b.shunned.Store(0)
 			b.muted.Store(0)
-			if others > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
+			if before > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
 				b.rising.Store(int64(time.Since(origin)))
 			}
 			b.wasUp = true
@@ -112,11 +113,49 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		case state == health.Disabled:
 			p.reset(b, BackendDisabled, p.loops)
 		case state == health.Down && p.cfg.OnDown == OnDownClose:
-			p.reset(b, BackendDown, p.loops)
+			down = append(down, b)
 		case (state == health.Down || state == health.Draining) && p.cfg.DrainTimeout > 0 && !p.closed:
 			p.startDrain(b)
 		}
 	}
+	up := p.countUp() > 0
+	for _, b := range down {
+		if b.spared = !up; up {
+			p.reset(b, BackendDown, p.loops)
+		}
+	}
+	if up && before == 0 && slices.ContainsFunc(p.backends, func(b *backend) bool { return b.spared }) {
+		time.AfterFunc(reprieve, p.resetSpared)
+	}
+}
+
+// reprieve is how long backends that were Down together have, after the first of them has
+// come Up, to do so too: longer than it takes checks to see them all.
+const reprieve = 2 * time.Second
+
+// resetSpared resets the connections of backends that are still Down while another one is Up.
+func (p *Proxy) resetSpared() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cfg.OnDown != OnDownClose || p.countUp() == 0 {
+		return
+	}
+	for _, b := range p.backends {
+		if b.spared {
+			b.spared = false
+			p.reset(b, BackendDown, p.loops)
+		}
+	}
+}
+
+// countUp returns how many backends are Up.
+func (p *Proxy) countUp() (n int) {
+	for _, b := range p.backends {
+		if b.State() == health.Up {
+			n++
+		}
+	}
+	return n
 }
 
 // resets reports whether connections end when their backend comes into a state.

@@ -215,7 +215,10 @@ func TestCauses(t *testing.T) {
 		}},
 		{ClientReset, echo, func(t *testing.T, p *Proxy) { conn := dial(t, p, ""); mustName(t, conn); crash(conn) }},
 		{ServerReset, crash, func(_ *testing.T, p *Proxy) { refused(p) }},
-		{BackendDown, echo, func(t *testing.T, p *Proxy) { mustName(t, dial(t, p, "")); all(p, health.Down) }},
+		{BackendDown, echo, func(t *testing.T, p *Proxy) {
+			mustName(t, dial(t, p, ""))
+			p.SetBackends(map[string]health.State{"127.0.0.11": health.Down, "127.0.0.12": health.Up})
+		}},
 		{BackendDisabled, echo, func(t *testing.T, p *Proxy) { mustName(t, dial(t, p, "")); all(p, health.Disabled) }},
 		{NoBackend, echo, func(_ *testing.T, p *Proxy) { all(p, health.Disabled); refused(p) }},
 		{Shutdown, echo, func(t *testing.T, p *Proxy) { mustName(t, dial(t, p, "")); p.Close() }},
@@ -225,7 +228,8 @@ func TestCauses(t *testing.T) {
 			var log lines
 			p := start(t, func(c *Config) {
 				c.ConnectionLog, c.Log = LogAll, hclog.New(&hclog.LoggerOptions{Output: &log, JSONFormat: true})
-			}, serve(t, "127.0.0.11:0", tt.server))
+			}, serve(t, "127.0.0.11:0", tt.server), serve(t, "127.0.0.12:0", echo))
+			p.SetBackends(map[string]health.State{"127.0.0.12": health.Disabled})
 			tt.client(t, p)
 			eventually(t, "it is counted", func() bool { return p.Stats().Ended[tt.cause] == 1 })
 			eventually(t, "it is logged", func() bool { return len(log.ended(t)) == 1 })

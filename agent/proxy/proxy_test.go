@@ -389,6 +389,41 @@ func TestDownBackendsConnectionsAreReset(t *testing.T) {
 	}
 }
 
+// Backends that go down all together keep their connections, and so do those that come
+// back soon after the first.
+func TestAllDownKeepsConnections(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	conns := map[string]*net.TCPConn{}
+	for i := 0; len(conns) < len(servers); i++ {
+		conn := dial(t, p, client(i))
+		conns[mustName(t, conn)] = conn
+	}
+	lives := func(s *server) {
+		t.Helper()
+		if _, err := conns[s.name].Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conns[s.name].Read(make([]byte, 1)); err != nil {
+			t.Fatalf("a connection to %s: %v", s.name, err)
+		}
+	}
+	all(p, health.Down)
+	for _, s := range servers {
+		lives(s)
+	}
+	began := time.Now()
+	p.SetBackends(map[string]health.State{servers[0].name: health.Up})
+	lives(servers[1])
+	p.SetBackends(map[string]health.State{servers[1].name: health.Up})
+	if _, err := conns[servers[2].name].Read(make([]byte, 1)); !isReset(err) || time.Since(began) < reprieve {
+		t.Errorf("the one that stays down: %v after %v, want a reset after %v", err, time.Since(began), reprieve)
+	}
+	for _, s := range servers[:2] {
+		lives(s)
+	}
+}
+
 func TestDrainingAndOnDownDrainLeaveConnections(t *testing.T) {
 	servers := three(t, echo)
 	p := start(t, func(c *Config) { c.OnDown = OnDownDrain }, servers...)
