@@ -88,11 +88,11 @@ type Agent struct {
 	boot      uint64
 	digests   atomic.Pointer[[]byte] // of the configuration in force
 
-	lock     *os.File // the node's
-	ports    ports
-	estate   *Estate      // of the agent whose place this one takes; nil: it starts anew
-	owns     bool         // what is done for connections of VIPs that moved away is this agent's doing
-	departed chan *Estate // what is left when another process, or another agent here, goes on
+	lock        *os.File // the node's
+	ports       ports
+	inheritance *Inheritance      // of the agent whose place this one takes; nil: it starts anew
+	owns        bool              // what is done for connections of VIPs that moved away is this agent's doing
+	departed    chan *Inheritance // what is left when another process, or another agent here, goes on
 	// upgrading: this node takes no VIP.
 	upgrading atomic.Bool
 
@@ -100,11 +100,11 @@ type Agent struct {
 	cancel context.CancelCauseFunc
 	group  *errgroup.Group
 	// Of the tasks that act on the node or speak for it.
-	hush     context.CancelFunc
-	speech   context.Context
-	speaking sync.WaitGroup
-	speaks   atomic.Bool        // they run
-	muzzle   context.CancelFunc // ends the telling of events
+	stopActing  context.CancelFunc
+	acting      context.Context
+	actors      sync.WaitGroup
+	acts        atomic.Bool        // they run
+	stopTelling context.CancelFunc // ends the telling of events
 
 	guarded, relieve, relieved chan struct{} // closed when the guard watches, is to leave, has left
 
@@ -127,12 +127,12 @@ type Agent struct {
 
 // New prepares the agent of a resolved configuration: it takes the node's lock, sweeps
 // what an earlier run has left, and binds the proxies' ports; nothing runs yet. Close undoes
-// it. With an estate it takes the place of the agent that has left it, instead.
-func New(cfg *config.Config, from *Estate, log hclog.Logger) (_ *Agent, err error) {
+// it. With an inheritance it takes the place of the agent that has left it, instead.
+func New(cfg *config.Config, from *Inheritance, log hclog.Logger) (_ *Agent, err error) {
 	a := &Agent{
 		cfg: cfg, log: log, board: newBoard(), links: map[string]*peer.Link{}, noCarrier: map[string]bool{},
-		clean:  true,
-		estate: from, owns: from == nil, departed: make(chan *Estate, 1),
+		clean:       true,
+		inheritance: from, owns: from == nil, departed: make(chan *Inheritance, 1),
 		guarded: make(chan struct{}), relieve: make(chan struct{}), relieved: make(chan struct{}),
 		hearing: &hearing{newest: map[string]*hameshv1.Heartbeat{}, wake: make(chan struct{}, 1)},
 		silent:  make(chan map[string]ownership.Instant, 1), stopped: make(chan struct{}), changes: make(chan ownership.Change, changesKept),
@@ -346,7 +346,7 @@ func (a *Agent) Close() {
 // fails ends the rest. It returns errSucceeded when another process goes on in its place: then
 // this one has to end, and nothing is to be closed before. When that came to nothing too late
 // for this agent to go on, it returns what is left to go on with.
-func (a *Agent) Run(ctx context.Context) (*Estate, error) {
+func (a *Agent) Run(ctx context.Context) (*Inheritance, error) {
 	if err := a.listen(); err != nil {
 		return nil, err
 	}
@@ -364,7 +364,7 @@ func (a *Agent) Run(ctx context.Context) (*Estate, error) {
 	a.start()
 	a.tellBegun()
 
-	var left *Estate
+	var left *Inheritance
 	select {
 	case <-a.ctx.Done(): // a task has failed
 	case <-ctx.Done():
@@ -386,12 +386,12 @@ func (a *Agent) Run(ctx context.Context) (*Estate, error) {
 
 // start starts every task that does not run already.
 func (a *Agent) start() {
-	a.speech, a.hush = context.WithCancel(a.ctx)
-	a.speaks.Store(true)
-	a.speak("ownership loop", a.loop.run)
-	a.speak(a.keeper.String(), a.keep)
-	a.speak("drains", func(ctx context.Context) error { return a.handing.run(ctx, a.ownerOf) })
-	a.speak("mourner", a.mourn)
+	a.acting, a.stopActing = context.WithCancel(a.ctx)
+	a.acts.Store(true)
+	a.act("ownership loop", a.loop.run)
+	a.act(a.keeper.String(), a.keep)
+	a.act("drains", func(ctx context.Context) error { return a.handing.run(ctx, a.ownerOf) })
+	a.act("deaths", a.watchDeaths)
 	a.task("guard", a.watchOver)
 	a.task(a.announcer.String(), a.announcer.Run)
 	a.task("server", func(ctx context.Context) error { return a.server.Serve(ctx, a.ports.api, a.ports.socket) })
@@ -404,8 +404,8 @@ func (a *Agent) start() {
 	a.task("hearing", func(ctx context.Context) error { return a.hearing.run(ctx, a.heard) })
 	a.task("orders", a.orders.run)
 	a.task("events", a.events.run)
-	telling, muzzle := context.WithCancel(a.ctx)
-	a.muzzle = muzzle
+	telling, stopTelling := context.WithCancel(a.ctx)
+	a.stopTelling = stopTelling
 	a.task("event teller", func(context.Context) error { return a.teller.watch(telling, a.Status, a.Changed) })
 	if len(a.links) > 0 {
 		a.task("flows", a.flows.run)
@@ -443,13 +443,13 @@ func (a *Agent) keep(ctx context.Context) error {
 	return a.keeper.run(ctx)
 }
 
-// speak is task for what acts on the node or speaks for it: another agent does, as soon as
+// act is task for what acts on the node or speaks for it: another agent does, as soon as
 // these have ended.
-func (a *Agent) speak(name string, run func(context.Context) error) {
-	a.speaking.Add(1)
+func (a *Agent) act(name string, run func(context.Context) error) {
+	a.actors.Add(1)
 	a.task(name, func(context.Context) error {
-		defer a.speaking.Done()
-		return run(a.speech)
+		defer a.actors.Done()
+		return run(a.acting)
 	})
 }
 
@@ -630,12 +630,12 @@ func (a *Agent) fellSilent(silent map[string]ownership.Instant) {
 	a.silent <- silent // only the loop puts something in, so there is room
 }
 
-// mourn takes the backends of members that fell silent out, at the moment at which
+// watchDeaths takes the backends of members that fell silent out, at the moment at which
 // ownership gives them up. An agent that goes on in another one's place first has to hear
 // the members: what that one knew of them counts until then.
-func (a *Agent) mourn(ctx context.Context) error {
+func (a *Agent) watchDeaths(ctx context.Context) error {
 	var heardSoon <-chan time.Time
-	if a.estate != nil {
+	if a.inheritance != nil {
 		heardSoon = time.After(trustWithin)
 	}
 	var silent map[string]ownership.Instant
@@ -671,7 +671,7 @@ func (a *Agent) mourn(ctx context.Context) error {
 
 // serviceChanged tells the mesh of a change in health.
 func (a *Agent) serviceChanged() {
-	if !a.speaks.Load() {
+	if !a.acts.Load() {
 		return // nobody listens yet
 	}
 	a.judgeEligibility()

@@ -141,7 +141,7 @@ func run(path string, stderr io.Writer) int {
 	signal.Notify(upgrades, unix.SIGUSR2)
 	defer signal.Stop(hangups)
 	defer signal.Stop(upgrades)
-	var left *Estate
+	var left *Inheritance
 	if before != nil {
 		if left, err = inherit(ctx, before); err != nil {
 			log.Error("could not take over from the agent that runs", "error", err)
@@ -167,7 +167,7 @@ func run(path string, stderr io.Writer) int {
 
 // serve is one agent's life. It returns what is left to go on with, if that is not another
 // process's, and the configuration in force.
-func serve(ctx context.Context, cfg *config.Config, from *Estate, log *logger, r *reload, u *upgrade) (left *Estate, now *config.Config, err error) {
+func serve(ctx context.Context, cfg *config.Config, from *Inheritance, log *logger, r *reload, u *upgrade) (left *Inheritance, now *config.Config, err error) {
 	a, err := New(cfg, from, log)
 	if err != nil {
 		return nil, nil, fmt.Errorf("could not start: %w", err)

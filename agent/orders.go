@@ -390,11 +390,11 @@ func (s *service) spare(inForce map[store.Subject]store.Order, backend string) b
 // force. A witness has none.
 func (o *orders) spare(ctx context.Context, now store.Orders, node string) bool {
 	view, ok := o.agent.loop.view(ctx)
-	return ok && (o.agent.roles()[node] == config.Witness || o.agent.hasHeir(view, now.InForce, node))
+	return ok && (o.agent.roles()[node] == config.Witness || o.agent.hasSubstitute(view, now.InForce, node))
 }
 
-// hasHeir says whether another candidate than that node is eligible.
-func (a *Agent) hasHeir(view ownership.View, inForce map[store.Subject]store.Order, node string) bool {
+// hasSubstitute says whether another candidate than that node is eligible.
+func (a *Agent) hasSubstitute(view ownership.View, inForce map[store.Subject]store.Order, node string) bool {
 	eligible := map[string]bool{a.cfg.Node.Name: view.Eligible}
 	for _, p := range view.Peers {
 		eligible[p.Name] = p.Heard && p.Ready && p.Eligible
@@ -434,7 +434,7 @@ func (a *Agent) drainProblems(node string, view ownership.View) (all []*hameshv1
 	inForce := a.orders.inForce // which is not changed, but replaced
 	a.orders.mu.Unlock()
 	for _, v := range view.VIPs {
-		if v.Record.Owner == node && !v.Record.Gone && !a.hasHeir(view, inForce, node) {
+		if v.Record.Owner == node && !v.Record.Gone && !a.hasSubstitute(view, inForce, node) {
 			all = append(all, &hameshv1.Problem{
 				Code: "DRAINED_NODE_OWNS", Message: node + " is drained, but keeps " + v.Name + ": no other candidate may take it",
 				Fix: "see why the other candidates are not eligible, or hactl undrain " + node,

@@ -106,7 +106,7 @@ func (p *passing) receive(value any) (fds []int, err error) {
 	return fds, json.Unmarshal(body, value)
 }
 
-// word is what is said beside the estate. An error ends the conversation.
+// word is what is said beside the inheritance. An error ends the conversation.
 type word struct {
 	Error   string `json:",omitempty"`
 	Format  int    `json:",omitempty"`

@@ -41,14 +41,14 @@ func predecessor() (*passing, error) {
 }
 
 // inherit says that this process is fit as far as it can tell, waits until the predecessor
-// has nothing that may be here once only but its business, and returns the estate.
-func inherit(ctx context.Context, from *passing) (*Estate, error) {
+// has nothing that may be here once only but the live state, and returns the inheritance.
+func inherit(ctx context.Context, from *passing) (*Inheritance, error) {
 	defer context.AfterFunc(ctx, func() { from.conn.Close() })()
 	if err := from.send(word{Format: passingFormat, Version: Version}); err != nil {
 		return nil, err
 	}
-	e := &Estate{}
-	fds, err := from.receive(&e.will)
+	e := &Inheritance{}
+	fds, err := from.receive(&e.provenance)
 	if err != nil {
 		return nil, err
 	}
@@ -57,18 +57,18 @@ func inherit(ctx context.Context, from *passing) (*Estate, error) {
 	}
 	e.lock, e.ports = os.NewFile(uintptr(fds[0]), "lock"), fds[1:]
 	// Read all the time, so that the predecessor's end is noticed.
-	received := make(chan *business, 1)
+	received := make(chan *liveState, 1)
 	var lose context.CancelCauseFunc
 	e.lost, lose = context.WithCancelCause(context.Background())
 	go func() {
-		b, err := from.receiveBusiness()
+		b, err := from.receiveLiveState()
 		if err != nil {
 			lose(fmt.Errorf("the agent that runs does not give way: %w", err))
 			return
 		}
 		received <- b
 	}()
-	e.claim = func(ctx context.Context) (*business, error) {
+	e.claim = func(ctx context.Context) (*liveState, error) {
 		if err := from.send(word{}); err != nil {
 			return nil, err
 		}
@@ -83,9 +83,9 @@ func inherit(ctx context.Context, from *passing) (*Estate, error) {
 	return e, nil
 }
 
-// receiveBusiness waits for all of it. Before the last message the predecessor may still go on.
-func (p *passing) receiveBusiness() (b *business, err error) {
-	b = &business{}
+// receiveLiveState waits for all of it. Before the last message the predecessor may still go on.
+func (p *passing) receiveLiveState() (b *liveState, err error) {
+	b = &liveState{}
 	if b.relays, err = p.receiveRelays(); err != nil {
 		return nil, err
 	}

@@ -82,7 +82,7 @@ func (u *upgrade) run(ctx context.Context) error {
 
 // upgrade returns nothing when another process goes on. With an error, that did not
 // come to pass: then what is left, if anything, has to go on in this process.
-func (u *upgrade) upgrade(ctx context.Context) (left *Estate, err error) {
+func (u *upgrade) upgrade(ctx context.Context) (left *Inheritance, err error) {
 	a := u.agent
 	u.log.Info("an upgrade is wanted", "program", u.program)
 	a.events.record(&hameshv1.Event{
@@ -170,8 +170,8 @@ func (a *Agent) setUpgrading(on bool) {
 
 // retire ends what must not be in two processes, heartbeats, votes and connections aside,
 // and returns what is left.
-func (a *Agent) retire(ctx context.Context) (left *Estate, err error) {
-	left = &Estate{will: willOf(a.cfg), lock: a.lock}
+func (a *Agent) retire(ctx context.Context) (left *Inheritance, err error) {
+	left = &Inheritance{provenance: provenanceOf(a.cfg), lock: a.lock}
 	left.Flows = a.flows.boot
 	if left.ports, err = a.ports.duplicate(); err != nil {
 		a.setUpgrading(false)
@@ -186,14 +186,14 @@ func (a *Agent) retire(ctx context.Context) (left *Estate, err error) {
 		return nil, context.Cause(ctx)
 	}
 	a.dismiss()
-	a.muzzle() // what is seen without a store is no news
+	a.stopTelling() // what is seen without a store is no news
 	return left, a.store.Close()
 }
 
 // pass gives everything to the successor, and returns for how long connections stood still.
-func (a *Agent) pass(s *successor, left *Estate) (frozen time.Duration, err error) {
+func (a *Agent) pass(s *successor, left *Inheritance) (frozen time.Duration, err error) {
 	err = s.within(installWithin, func() error {
-		return s.send(left.will, append([]int{int(left.lock.Fd())}, left.ports...)...)
+		return s.send(left.provenance, append([]int{int(left.lock.Fd())}, left.ports...)...)
 	})
 	if err == nil {
 		_, err = s.hear(takeWithin)
@@ -202,17 +202,17 @@ func (a *Agent) pass(s *successor, left *Estate) (frozen time.Duration, err erro
 		return 0, err
 	}
 	begun := time.Now()
-	left.business = &business{relays: a.freeze()}
-	err = s.within(installWithin, func() error { return s.sendRelays(left.business.relays) })
+	left.live = &liveState{relays: a.freeze()}
+	err = s.within(installWithin, func() error { return s.sendRelays(left.live.relays) })
 	if err == nil {
 		_, err = s.hear(installWithin)
 	}
 	if err != nil {
 		return 0, err
 	}
-	left.business.drains = a.rest()
+	left.live.drains = a.rest()
 	s.spare()
-	if err := s.within(installWithin, func() error { return s.send(left.business.drains) }); err != nil {
+	if err := s.within(installWithin, func() error { return s.send(left.live.drains) }); err != nil {
 		return 0, err
 	}
 	// From here on connections are the successor's, whatever becomes of it.

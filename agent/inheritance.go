@@ -24,26 +24,26 @@ import (
 // alive that it has not heard itself: the links are there, so it is heard in milliseconds.
 const trustWithin = 2 * time.Second
 
-// Estate is what an agent leaves to the one that goes on in its place: in another process
+// Inheritance is what an agent leaves to the one that goes on in its place: in another process
 // after an upgrade, in the same one where that failed. A VIP is never part of it.
-type Estate struct {
-	will
+type Inheritance struct {
+	provenance
 	lock    *os.File // the node's, locked
 	ports   []int    // descriptors of the agent's own, as duplicate returns them
 	refused error    // why this is not another process; nil: it is
 	given   bool     // another process has it, dead or alive
 
-	business *business // nil: the predecessor goes on with it until claim
-	// claim waits until the predecessor has given its business away, and rests.
-	claim func(context.Context) (*business, error)
+	live *liveState // nil: the predecessor goes on with it until claim
+	// claim waits until the predecessor has given its live state away, and rests.
+	claim func(context.Context) (*liveState, error)
 	// lost ends when the predecessor does not give it away.
 	lost context.Context
-	// installed tells the predecessor that its business goes on.
+	// installed tells the predecessor that its live state is in use.
 	installed func() error
 }
 
-// will says whose estate it is.
-type will struct {
+// provenance says whose inheritance it is.
+type provenance struct {
 	Node, DataDir, Version string
 	Proxies                map[string]uint16 // name → port
 	// Flows is the boot id under which the others know the connections: that of the first
@@ -54,8 +54,8 @@ type will struct {
 // ports are what listens, beside the proxies.
 type ports struct{ api, socket, metrics net.Listener }
 
-// business is what only one agent can have in its hands.
-type business struct {
+// liveState is what only one agent can have in its hands.
+type liveState struct {
 	relays map[string]*relay // by proxy
 	drains drains
 }
@@ -84,14 +84,14 @@ type drain struct {
 // portCount is how many descriptors ports have.
 const portCount = 3
 
-// listen binds the ports, or takes those of the estate.
+// listen binds the ports, or takes those of the inheritance.
 func (a *Agent) listen() (err error) {
-	if a.estate == nil {
+	if a.inheritance == nil {
 		a.ports, err = openPorts(a.cfg)
 		return err
 	}
 	for i, l := range []*net.Listener{&a.ports.api, &a.ports.socket, &a.ports.metrics} {
-		f := os.NewFile(uintptr(a.estate.ports[i]), "inherited")
+		f := os.NewFile(uintptr(a.inheritance.ports[i]), "inherited")
 		*l, err = net.FileListener(f)
 		if err = errors.Join(err, f.Close()); err != nil {
 			return fmt.Errorf("listen where the agent before did: %w", err)
@@ -139,10 +139,10 @@ func openPorts(cfg *config.Config) (p ports, err error) {
 	return p, nil
 }
 
-// takeLock takes the node's lock, or that of the estate.
+// takeLock takes the node's lock, or that of the inheritance.
 func (a *Agent) takeLock() (err error) {
-	if a.estate != nil {
-		a.lock = a.estate.lock
+	if a.inheritance != nil {
+		a.lock = a.inheritance.lock
 	} else if a.lock, err = lockNode(a.cfg.DataDir); err != nil {
 		return err
 	}
@@ -154,18 +154,18 @@ func (a *Agent) takeLock() (err error) {
 	return nil
 }
 
-// willOf is what an estate says of a configuration.
-func willOf(cfg *config.Config) will {
-	w := will{Node: cfg.Node.Name, DataDir: cfg.DataDir, Version: Version, Proxies: map[string]uint16{}}
+// provenanceOf is what an inheritance says of a configuration.
+func provenanceOf(cfg *config.Config) provenance {
+	w := provenance{Node: cfg.Node.Name, DataDir: cfg.DataDir, Version: Version, Proxies: map[string]uint16{}}
 	for _, p := range cfg.Proxies {
 		w.Proxies[p.Name] = p.Port
 	}
 	return w
 }
 
-// fits says whether an agent of that configuration can go on with the estate.
-func (w will) fits(cfg *config.Config) error {
-	now := willOf(cfg)
+// fits says whether an agent of that configuration can go on with the inheritance.
+func (w provenance) fits(cfg *config.Config) error {
+	now := provenanceOf(cfg)
 	switch {
 	case now.Node != w.Node || now.DataDir != w.DataDir:
 		return fmt.Errorf("the configuration is that of %s in %s now, and was %s in %s; a restart changes that", now.Node, now.DataDir, w.Node, w.DataDir)
@@ -190,8 +190,8 @@ func (a *Agent) freeze() map[string]*relay {
 // rest ends all that acts on the node or speaks for it, the server's answers aside, and
 // returns what goes on of the VIPs that moved away.
 func (a *Agent) rest() drains {
-	a.hush()
-	a.speaking.Wait()
+	a.stopActing()
+	a.actors.Wait()
 	d := drains{VIPs: map[string]drain{}}
 	a.handing.each(func(vip string, v *handed) {
 		d.VIPs[vip] = drain{
@@ -204,17 +204,17 @@ func (a *Agent) rest() drains {
 	return d
 }
 
-// succeed takes the estate over, at once or, where the predecessor still works, when this
+// succeed takes the inheritance over, at once or, where the predecessor still works, when this
 // agent has all that it needs to go on without a pause.
 func (a *Agent) succeed() error {
-	e := a.estate
-	if e == nil || e.business != nil {
+	e := a.inheritance
+	if e == nil || e.live != nil {
 		a.link()
 	}
 	if e == nil {
 		return nil
 	}
-	if e.business == nil {
+	if e.live == nil {
 		if err := a.claim(); err != nil {
 			return fmt.Errorf("take over from the agent that runs: %w", err)
 		}
@@ -222,13 +222,13 @@ func (a *Agent) succeed() error {
 	a.owns = true
 	a.loop.machine = ownership.New(a.ownershipConfig(a.boot), now()) // one that has missed nothing
 	a.board.mu.Lock()
-	maps.Copy(a.board.next, e.business.drains.Next)
+	maps.Copy(a.board.next, e.live.drains.Next)
 	a.board.mu.Unlock()
-	for vip, d := range e.business.drains.VIPs {
+	for vip, d := range e.live.drains.VIPs {
 		a.handing.resume(vip, d)
 	}
 	for _, s := range a.services {
-		if err := s.inherit(e.business.relays[s.cfg.Name]); err != nil {
+		if err := s.inherit(e.live.relays[s.cfg.Name]); err != nil {
 			return err
 		}
 	}
@@ -236,9 +236,9 @@ func (a *Agent) succeed() error {
 }
 
 func (a *Agent) claim() (err error) {
-	defer context.AfterFunc(a.estate.lost, func() { a.cancel(context.Cause(a.estate.lost)) })()
+	defer context.AfterFunc(a.inheritance.lost, func() { a.cancel(context.Cause(a.inheritance.lost)) })()
 	if err = a.becomeAble(); err == nil {
-		a.estate.business, err = a.estate.claim(a.ctx)
+		a.inheritance.live, err = a.inheritance.claim(a.ctx)
 	}
 	return err
 }
@@ -280,7 +280,7 @@ func (a *Agent) pause(d time.Duration) error {
 
 // tellBegun tells how this agent has begun, its predecessor too.
 func (a *Agent) tellBegun() {
-	e, name := a.estate, a.cfg.Node.Name
+	e, name := a.inheritance, a.cfg.Node.Name
 	switch {
 	case e == nil:
 		a.events.record(&hameshv1.Event{
@@ -300,21 +300,21 @@ func (a *Agent) tellBegun() {
 	}
 }
 
-// cease gives the business back that this agent could not pass on to another process.
-func (a *Agent) cease(left *Estate) {
+// cease keeps the live state that this agent could not pass on to another process.
+func (a *Agent) cease(left *Inheritance) {
 	if left.given {
 		return
 	}
-	if left.business == nil {
-		left.business = &business{relays: a.freeze()}
+	if left.live == nil {
+		left.live = &liveState{relays: a.freeze()}
 	}
-	if left.business.drains.VIPs == nil {
-		left.business.drains = a.rest()
+	if left.live.drains.VIPs == nil {
+		left.live.drains = a.rest()
 	}
 }
 
-// depart ends an agent whose business goes on in another one here, and returns it.
-func (a *Agent) depart(left *Estate, err error) (*Estate, error) {
+// depart ends an agent whose live state goes on in another one here, and returns it.
+func (a *Agent) depart(left *Inheritance, err error) (*Inheritance, error) {
 	a.owns = false
 	err = errors.Join(err, a.store.Close())
 	switch {
@@ -323,6 +323,6 @@ func (a *Agent) depart(left *Estate, err error) (*Estate, error) {
 	case left.given:
 		return nil, fmt.Errorf("connections were lost with the new process: %w", left.refused)
 	}
-	a.lock = nil // the estate's
+	a.lock = nil // the inheritance's
 	return left, nil
 }
