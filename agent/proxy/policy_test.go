@@ -214,7 +214,12 @@ func TestCauses(t *testing.T) {
 			conn.Close()
 		}},
 		{ClientReset, echo, func(t *testing.T, p *Proxy) { conn := dial(t, p, ""); mustName(t, conn); crash(conn) }},
-		{ServerReset, crash, func(_ *testing.T, p *Proxy) { refused(p) }},
+		{ServerReset, func(conn *net.TCPConn) { conn.Read(make([]byte, 1)); crash(conn) }, func(t *testing.T, p *Proxy) {
+			conn := dial(t, p, "")
+			mustName(t, conn)
+			conn.Write([]byte("x"))
+			io.Copy(io.Discard, conn)
+		}},
 		{BackendDown, echo, func(t *testing.T, p *Proxy) {
 			mustName(t, dial(t, p, ""))
 			p.SetBackends(map[string]health.State{"127.0.0.11": health.Down, "127.0.0.12": health.Up})

@@ -747,6 +747,30 @@ func dialWithDescriptors(t *testing.T, p *Proxy, left int, shown func() bool) ne
 	return conn
 }
 
+// A client's first bytes are acknowledged by what answers them.
+func TestFirstBytesAreAcknowledgedByTheAnswer(t *testing.T) {
+	fd, err := listenOn(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeSocket(fd)
+	conn, err := net.Dial("tcp4", fmt.Sprintf("127.0.0.1:%d", localAddr(fd).Port()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	var taken int
+	eventually(t, "it is accepted", func() bool {
+		var errno syscall.Errno
+		taken, _, errno = accept(fd)
+		return errno == 0
+	})
+	defer closeSocket(taken)
+	if quick, err := unix.GetsockoptInt(taken, unix.IPPROTO_TCP, unix.TCP_QUICKACK); quick != 0 || err != nil {
+		t.Errorf("acknowledges at once: %d, error %v", quick, err)
+	}
+}
+
 func TestSocketOptions(t *testing.T) {
 	p := start(t, nil, serve(t, "127.0.0.11:0", echo))
 	mustName(t, dial(t, p, ""))

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -59,6 +60,13 @@ func listenOn(port uint16) (int, error) {
 	raw, err := listener.(*net.TCPListener).SyscallConn()
 	if err != nil {
 		return -1, err
+	}
+	// A connection begins as if it were one of questions and answers already, which clients
+	// inherit from the socket that listens: what acknowledges a client's first bytes is the
+	// answer to them, and not a packet of its own (tcp(7), TCP_QUICKACK).
+	quick := error(nil)
+	if err := raw.Control(func(own uintptr) { quick = unix.SetsockoptInt(int(own), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) }); err != nil || quick != nil {
+		return -1, errors.Join(err, quick)
 	}
 	fd, duplicated := -1, error(nil)
 	if err := raw.Control(func(own uintptr) { fd, duplicated = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
