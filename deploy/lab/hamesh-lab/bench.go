@@ -85,16 +85,23 @@ func benchAll(out io.Writer, o benchOptions) error {
 	if o.quick {
 		l, runs = quickLengths, 1
 	}
-	top, err := topConnections(rivals[1], l, o.most)
+	top, _, err := sideBySide(l, o.most, rivals[1:2])
 	if err != nil {
 		return err
 	}
-	b := &benchmark{Began: time.Now(), Most: o.most, Rate: float64(int(top/2/100) * 100)}
-	fmt.Fprintf(out, "HAProxy: %.0f connections a second; latencies are taken at %.0f\n", top, b.Rate)
+	half := top[0].find(topRate) / 2
+	b := &benchmark{Began: time.Now(), Most: o.most, Rate: float64(int(half/100) * 100)}
+	fmt.Fprintf(out, "HAProxy: %.0f connections a second; latencies are taken at %.0f\n", 2*half, b.Rate)
 	for i := range runs {
+		sheets, failed := make([]sheet, len(rivals)), make([]int, len(rivals))
+		if o.parts.MatchString("connections") {
+			if err := b.connections(l, o.most, sheets, failed); err != nil {
+				return err
+			}
+		}
 		var without sheet
-		for _, v := range rivals {
-			t := turn{lengths: l, rate: b.Rate, parts: o.parts, direct: without}
+		for k, v := range rivals {
+			t := turn{lengths: l, rate: b.Rate, parts: o.parts, direct: without, sheet: sheets[k], failed: failed[k]}
 			began := time.Now()
 			err := onRig("bench", v, o.most, func(r *rig) error {
 				t.rig = r
@@ -117,4 +124,23 @@ func benchAll(out io.Writer, o benchOptions) error {
 		return nil
 	}
 	return errors.Join(b.writeMarkdown(o.file), b.writeJSON(strings.TrimSuffix(o.file, ".md")+".json"))
+}
+
+// connections measures, side by side, those rivals that are measured by connections at all.
+func (b *benchmark) connections(l lengths, most int, sheets []sheet, failed []int) error {
+	var of []rival
+	var places []int
+	for i, v := range rivals {
+		if v.parts == "" {
+			of, places = append(of, v), append(places, i)
+		}
+	}
+	s, f, err := sideBySide(l, most, of)
+	if err != nil {
+		return err
+	}
+	for k, i := range places {
+		sheets[i], failed[i] = s[k], f[k]
+	}
+	return nil
 }

@@ -151,10 +151,10 @@ func (b *benchmark) about() string {
 	}
 	return fmt.Sprintf("Medians of %d runs (least to greatest) of %s, in which all took turns: without a proxy, HAProxy (mode tcp, nbthread 2, splice-auto, balance source; for streams also told to splice all), "+
 		"hameshd (the only member of its mesh, etcd and all). Client, proxy and three backends are in network namespaces of one machine (%d processors %s, Linux %s) and share its processors%s "+
-		"TCP has the congestion control cubic. What a proxy sends, it also carries through its peer's kernel. %d client addresses. Connections: %d at once, each with one request of 64 bytes and its answer. "+
+		"TCP has the congestion control cubic. What a proxy sends, it also carries through its peer's kernel. %d client addresses. Connections: %d at once, each with one request of 64 bytes and its answer, in %d slices a run by turns. "+
 		"Latency of a new connection: %.0f due a second at random instants, half of what HAProxy can do, counted from when it was due. Streams: %d at once. "+
 		"Requests over established connections: %d due a second over all of them.",
-		runs, b.Took.Round(time.Second), runtime.NumCPU(), processor(), kernelRelease(), quiet, benchMany, benchSlots, b.Rate, benchBulk, benchAskRate)
+		runs, b.Took.Round(time.Second), runtime.NumCPU(), processor(), kernelRelease(), quiet, benchMany, benchSlots, benchSlices, b.Rate, benchBulk, benchAskRate)
 }
 
 func (b *benchmark) text() string {

@@ -14,19 +14,18 @@ import (
 )
 
 const (
-	benchSlots   = 64     // connections under way at once, in the closed loop
 	benchBulk    = 4      // streams
 	benchAskRate = 5000   // requests a second over established connections
 	benchOpen    = 5000   // connections under way at once at most, in the open loop
 	benchMost    = 10_000 // connections at once at most, where the machine allows so many
 )
 
-// lengths are how long the parts of a turn take.
-type lengths struct{ settle, rest, churn, stream, ask time.Duration }
+// lengths are how long the parts of a turn take, and a slice of what is measured side by side.
+type lengths struct{ settle, rest, slice, churn, stream, ask time.Duration }
 
 var (
-	fullLengths  = lengths{settle: time.Second, rest: 2 * time.Second, churn: 3 * time.Second, stream: 2 * time.Second, ask: time.Second}
-	quickLengths = lengths{settle: time.Second, rest: time.Second, churn: time.Second, stream: time.Second, ask: 500 * time.Millisecond}
+	fullLengths  = lengths{settle: time.Second, rest: 2 * time.Second, slice: 500 * time.Millisecond, churn: 3 * time.Second, stream: 2 * time.Second, ask: time.Second}
+	quickLengths = lengths{settle: time.Second, rest: time.Second, slice: 200 * time.Millisecond, churn: time.Second, stream: time.Second, ask: 500 * time.Millisecond}
 )
 
 // reading is one measured value.
@@ -85,18 +84,6 @@ type turn struct {
 	failed int
 }
 
-// topConnections measures but that, to know what half of it is.
-func topConnections(v rival, l lengths, most int) (rate float64, err error) {
-	err = onRig("bench", v, most, func(r *rig) error {
-		t := turn{rig: r, lengths: l}
-		time.Sleep(l.settle)
-		err := t.closedLoop()
-		rate = t.find(topRate)
-		return err
-	})
-	return rate, err
-}
-
 func onRig(name string, v rival, most int, do func(*rig) error) (err error) {
 	r, err := newRig(name, v, most)
 	if err != nil {
@@ -122,7 +109,6 @@ func (t *turn) play() error {
 	}{
 		{"rest", true, t.atRest},
 		{"idle", true, t.idle},
-		{"connections", false, t.closedLoop},
 		{"latency", false, t.openLoop},
 		{"streams", false, t.download},
 		{"streams", false, t.upload},
@@ -221,25 +207,6 @@ func (t *turn) hold(g *load.Generator, n int) error {
 	})
 	time.Sleep(t.settle / 2)
 	return err
-}
-
-func (t *turn) closedLoop() error {
-	g, err := t.generator()
-	if err != nil {
-		return err
-	}
-	var r load.Churned
-	cost, err := t.cost(func() error {
-		r, err = g.Churn(load.Churn{Most: benchSlots, For: t.churn})
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	t.failed += r.Failures()
-	t.add(topRate, "/s", r.Rate)
-	t.costs("processor time per connection", "µs", cost, float64(r.Good), 1e3)
-	return g.Close()
 }
 
 func (t *turn) openLoop() error {
