@@ -175,6 +175,8 @@ func (l *loop) won(s *session, i int, events uint32) {
 		if n, errno := send(s.server.fd, header); n < len(header) {
 			s.server.broken = cmp.Or(errno, unix.ENOBUFS)
 		}
+	} else if !s.client.readable {
+		_ = setOption(s.server.fd, ackNow) // fails only if the connection is broken
 	}
 	l.open(s)
 	l.relay(s)

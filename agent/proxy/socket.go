@@ -2,10 +2,10 @@ package proxy
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 	"time"
 	"unsafe"
@@ -15,6 +15,8 @@ import (
 
 // goneAfter is how long a peer that does not answer is waited for.
 const goneAfter = 30 * time.Second
+
+type option struct{ level, name, value int }
 
 // options are set on both sockets of a session. Those of clients have them from the socket
 // that listens. Those of backends have the first one from the start, and the others, which
@@ -28,13 +30,22 @@ const goneAfter = 30 * time.Second
 // kernel sends no such probes while data is under way. It also ends a connection whose
 // peer keeps its window shut for that long, and takes the place of a number of probes
 // (net/ipv4/tcp_timer.c, tcp_keepalive_timer).
-var options = []struct{ level, name, value int }{
+var options = []option{
 	{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 	{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 	{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(goneAfter / 2 / time.Second)},
 	{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(goneAfter / 6 / time.Second)},
 	{unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(goneAfter / time.Millisecond)},
 }
+
+// A connection with ackLater begins as if it were one of questions and answers already
+// (tcp(7), TCP_QUICKACK). What a client sends first is acknowledged by the answer, and a
+// backend's acceptance by what the client sends first, instead of by packets of their own:
+// two or three of the twenty that a short connection takes. ackNow sends what is held back.
+var (
+	ackLater = option{unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0}
+	ackNow   = option{unix.IPPROTO_TCP, unix.TCP_QUICKACK, 1}
+)
 
 // listenOn binds a port on all addresses, IPv6 and IPv4, or on those of IPv4 where the
 // kernel has no IPv6, and returns a socket that does not block.
@@ -61,24 +72,25 @@ func listenOn(port uint16) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	// A connection begins as if it were one of questions and answers already, which clients
-	// inherit from the socket that listens: what acknowledges a client's first bytes is the
-	// answer to them, and not a packet of its own (tcp(7), TCP_QUICKACK).
-	quick := error(nil)
-	if err := raw.Control(func(own uintptr) { quick = unix.SetsockoptInt(int(own), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) }); err != nil || quick != nil {
-		return -1, errors.Join(err, quick)
-	}
 	fd, duplicated := -1, error(nil)
 	if err := raw.Control(func(own uintptr) { fd, duplicated = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
 		return -1, err
 	}
-	return fd, duplicated
+	if duplicated != nil {
+		return -1, duplicated
+	}
+	// Clients inherit it; listen(2) has taken it back if it was set before.
+	if errno := setOption(fd, ackLater); errno != 0 {
+		closeSocket(fd)
+		return -1, os.NewSyscallError("setsockopt", errno)
+	}
+	return fd, nil
 }
 
 func setOptions(fd int) error {
 	for _, o := range options {
-		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
-			return fmt.Errorf("setting option %d of level %d of a socket: %w", o.name, o.level, err)
+		if errno := setOption(fd, o); errno != 0 {
+			return fmt.Errorf("setting option %d of level %d of a socket: %w", o.name, o.level, errno)
 		}
 	}
 	return nil
@@ -141,16 +153,23 @@ func newTarget(to netip.AddrPort) target {
 	return t
 }
 
+func setOption(fd int, o option) syscall.Errno {
+	value := int32(o.value)
+	_, _, errno := unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), uintptr(o.level), uintptr(o.name),
+		uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
+	return errno
+}
+
 // connectTo makes a socket that is connecting, or connected, to a target.
 func connectTo(to *target) (int, syscall.Errno) {
 	s, _, errno := unix.RawSyscall(unix.SYS_SOCKET, uintptr(to.raw.Family), unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if errno != 0 {
 		return -1, errno
 	}
-	noDelay := options[0]
-	value := int32(noDelay.value)
-	_, _, errno = unix.RawSyscall6(unix.SYS_SETSOCKOPT, s, uintptr(noDelay.level), uintptr(noDelay.name),
-		uintptr(unsafe.Pointer(&value)), unsafe.Sizeof(value), 0)
+	errno = setOption(int(s), options[0])
+	if errno == 0 {
+		errno = setOption(int(s), ackLater)
+	}
 	if errno == 0 {
 		_, _, errno = unix.RawSyscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&to.raw)), to.length)
 	}
