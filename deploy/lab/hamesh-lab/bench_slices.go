@@ -31,7 +31,7 @@ func sideBySide(l lengths, most int, of []rival) (sheets []sheet, failed []int, 
 	var lanes []*lane
 	defer func() {
 		for _, l := range lanes {
-			err = errors.Join(err, l.rig.close())
+			err = errors.Join(err, l.close())
 		}
 	}()
 	for i, v := range of {
