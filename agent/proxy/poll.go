@@ -30,17 +30,25 @@ type poll struct {
 	ready  int // of events
 	failed syscall.Errno
 
-	// file is another epoll instance, which Go's poller watches. It has fd in it only
+	// file is another epoll instance, which Go's poller watches. It tells of fd's events only
 	// while the goroutine waits that way: each event would wake Go's threads otherwise.
-	file  *os.File
-	outer int             // its descriptor
-	raw   syscall.RawConn // its
-	alarm time.Time       // when its deadline is; zero: it has none
-	look  func(uintptr) bool
+	// While there are many events in a row fd is not even in it, since that makes
+	// EPOLL_CTL_ADD dearer; to put it in takes the kernel a look at all that fd watches.
+	file   *os.File
+	nested bool            // fd is in it
+	rapid  int             // events in a row that were not waited for that way
+	outer  int             // its descriptor
+	raw    syscall.RawConn // its
+	alarm  time.Time       // when its deadline is; zero: it has none
+	look   func(uintptr) bool
 }
 
-// lull is how long it takes without an event until no more is expected soon.
-const lull = time.Millisecond
+const (
+	// lull is how long it takes without an event until no more is expected soon.
+	lull = time.Millisecond
+	// manyRapid is how many events in a row make a busy time.
+	manyRapid = 1000
+)
 
 // Directions of interest; edge-triggered.
 const (
@@ -118,10 +126,22 @@ func (p *poll) wait(most time.Duration) ([]unix.EpollEvent, error) {
 	first := time.Duration(0)
 	if most != 0 && p.gap < lull {
 		first = lull
+		if p.rapid == 0 {
+			// Go's poller has lent its thread to this goroutine, which keeps it now. A
+			// goroutine that becomes ready has Go wake another one, which polls when it has
+			// nothing else to do; else nobody would for 10 ms.
+			go func() {}()
+		}
 	}
 	var err error
 	if !p.fetch(first) && (most < 0 || most > first) {
+		p.rapid = 0
 		err = p.park(most)
+	} else if first > 0 {
+		if p.rapid++; p.rapid == manyRapid && p.nested {
+			p.nested = false
+			err = unix.EpollCtl(p.outer, unix.EPOLL_CTL_DEL, p.fd, nil)
+		}
 	}
 	if err == nil && p.failed != 0 {
 		err = p.failed
@@ -155,12 +175,15 @@ func (p *poll) park(most time.Duration) error {
 			return err
 		}
 	}
-	in := unix.EpollEvent{Events: unix.EPOLLIN}
-	if err := unix.EpollCtl(p.outer, unix.EPOLL_CTL_ADD, p.fd, &in); err != nil {
+	op := unix.EPOLL_CTL_MOD
+	if !p.nested {
+		p.nested, op = true, unix.EPOLL_CTL_ADD
+	}
+	if err := unix.EpollCtl(p.outer, op, p.fd, &unix.EpollEvent{Events: unix.EPOLLIN}); err != nil {
 		return err
 	}
 	err := p.raw.Read(p.look)
-	if e := unix.EpollCtl(p.outer, unix.EPOLL_CTL_DEL, p.fd, nil); e != nil {
+	if e := unix.EpollCtl(p.outer, unix.EPOLL_CTL_MOD, p.fd, &unix.EpollEvent{}); e != nil {
 		return e
 	}
 	if os.IsTimeout(err) {
