@@ -106,7 +106,7 @@ func (l *loop) run() error {
 			l.readMail()
 			return fmt.Errorf("waiting for connections' events: %w", err)
 		}
-		l.now = l.poll.last.Sub(origin)
+		l.now = time.Since(origin)
 		l.share = min(max(turnSize/(len(events)+min(len(l.again), againMost)+1), shareLeast), shareMost)
 		for i := range events {
 			l.dispatch(token{events[i].Fd, events[i].Pad}, events[i].Events)

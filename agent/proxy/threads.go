@@ -5,10 +5,10 @@ import (
 	"sync"
 )
 
-// threads counts the loops of all proxies. Each of them has a thread to itself while it has
-// much to do, asleep or not, and GOMAXPROCS is raised by as many: the rest of the agent runs
-// on the others. Were it not, a heartbeat could wait 10 ms until Go takes a processor away
-// from a loop.
+// threads counts the loops of all proxies. Each of them has a thread to itself, awake or
+// asleep, and GOMAXPROCS is raised by as many: the rest of the agent runs on the others.
+// Were it not, a heartbeat could wait 10 ms until Go takes a processor away from a loop
+// that has much to do, or finds out that it sleeps.
 var threads struct {
 	sync.Mutex
 	loops int
