@@ -125,7 +125,8 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		}
 	}
 	if up && before == 0 && slices.ContainsFunc(p.backends, func(b *backend) bool { return b.spared }) {
-		time.AfterFunc(reprieve, p.resetSpared)
+		p.stopReprieve() // of an outage before this one
+		p.reprieved = time.AfterFunc(reprieve, p.resetSpared)
 	}
 }
 
@@ -137,7 +138,7 @@ const reprieve = 2 * time.Second
 func (p *Proxy) resetSpared() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.cfg.OnDown != OnDownClose || p.countUp() == 0 {
+	if p.closed || p.cfg.OnDown != OnDownClose || p.countUp() == 0 {
 		return
 	}
 	for _, b := range p.backends {
@@ -145,6 +146,13 @@ func (p *Proxy) resetSpared() {
 			b.spared = false
 			p.reset(b, BackendDown, p.loops)
 		}
+	}
+}
+
+// stopReprieve lets the connections of backends that are Down live; p.mu is held.
+func (p *Proxy) stopReprieve() {
+	if p.reprieved != nil {
+		p.reprieved.Stop()
 	}
 }
 

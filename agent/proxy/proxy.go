@@ -99,6 +99,8 @@ type Proxy struct {
 	active   int           // connections from accept to their end
 	idle     chan struct{} // closed while active is 0
 	clients  map[netip.Addr]int
+	// reprieved ends the sessions of backends that are still Down; nil: none was spared yet.
+	reprieved *time.Timer
 }
 
 // loopsOf returns how many loops a proxy has: one of them relays some 100 Gbit/s, or makes
@@ -294,6 +296,7 @@ func (p *Proxy) Close() {
 		p.closed = true
 		close(p.stopped)
 	}
+	p.stopReprieve()
 	for _, b := range slices.Concat(p.backends, p.retired) {
 		p.stopDrain(b)
 	}
