@@ -589,7 +589,8 @@ func TestOpeningsSoak(t *testing.T) {
 				cut := 1 + random.IntN(len(said)-1)
 				conn.Write(said[:cut])
 				conn.Write(said[cut:])
-				conn.SetDeadline(time.Now().Add(time.Duration(random.IntN(500)) * time.Millisecond))
+				// A server that serves others meanwhile has (1 + busyLooks) * raceAfter.
+				conn.SetDeadline(time.Now().Add(time.Duration(random.Int64N(int64(2 * (1 + busyLooks) * raceAfter)))))
 				if _, err := name(conn); err == nil {
 					conn.SetDeadline(time.Now().Add(20 * time.Second))
 					got := make([]byte, len(said))
