@@ -24,14 +24,7 @@ func init() {
 func moveUnderLoad(t *testing.T, m *lab.Mesh, vip netip.AddrPort, sources []netip.Addr, holders *lab.Recorder, move func(to *lab.Node)) {
 	t.Helper()
 	const streams = 60
-	rate := 100.0
-	if raceDetector {
-		rate = 30
-	}
-	run, err := m.Client.Start(lab.Load{Target: vip, From: sources, Rate: rate, Streams: streams})
-	if err != nil {
-		t.Fatal(err)
-	}
+	run := load(t, m, lab.Load{Target: vip, From: sources, Rate: 100, Streams: streams})
 	awaitStreams(t, run, time.Now(), streams)
 	first := slices.IndexFunc(m.Nodes, func(n *lab.Node) bool { return slices.Equal(holders.Now(), []string{n.Name}) })
 	from := time.Now()
@@ -48,15 +41,13 @@ func moveUnderLoad(t *testing.T, m *lab.Mesh, vip netip.AddrPort, sources []neti
 	r := lab.Summarize(samples, from, to)
 	t.Logf("%d streams, %d broken %v, longest silence %v; %d requests, %d failed %v, slowest %v",
 		r.Streams, r.Broken, r.Breaks, r.Silence, r.Requests, r.Failed, r.Errors, r.Max)
-	if r.Streams != streams || r.Broken > 0 {
+	if r.Streams != streams || r.Broken > brokenAtMost() {
 		t.Errorf("%d of %d streams broke: %v", r.Broken, r.Streams, r.Breaks)
 	}
 	if r.Silence > silent {
 		t.Errorf("a stream was silent for %v, more than %v", r.Silence, silent)
 	}
-	if r.Failed > 0 {
-		t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
-	}
+	unfailing(t, r, 0)
 	h := holders.Between(from, to)
 	if h.Max > 1 || h.LongestNone > planned {
 		t.Errorf("%d nodes had the address at once; none for %v, more than %v: %+v", h.Max, h.LongestNone, planned, h.Spans)

@@ -80,9 +80,7 @@ func answered(t *testing.T, m *lab.Mesh) map[string]int {
 	run := load(t, m, lab.Load{Rate: 100})
 	time.Sleep(1500 * time.Millisecond)
 	r := stop(t, run, time.Now().Add(-1500*time.Millisecond))
-	if r.Failed > 0 && !raceDetector { // with it, what is late has failed
-		t.Errorf("%d of %d requests failed: %v", r.Failed, r.Requests, r.Errors)
-	}
+	unfailing(t, r, 0)
 	return r.Backends
 }
 
@@ -270,9 +268,7 @@ func TestDrain(t *testing.T) {
 	if r.Streams != streams || r.Broken > brokenAtMost() {
 		t.Errorf("%d of %d streams broke: %v", r.Broken, r.Streams, r.Breaks)
 	}
-	if r.Failed > 0 && (!raceDetector || r.Failed*10 > r.Requests) {
-		t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
-	}
+	unfailing(t, r, 0)
 	never(t, m, from, planned)
 	hactl(t, second, 0, "nothing is left: "+first.Name+" may be stopped", "drain", first.Name, "--wait", "--timeout", "30s")
 

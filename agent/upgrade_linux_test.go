@@ -112,7 +112,7 @@ func TestUpgrades(t *testing.T) {
 	}
 	time.Sleep(2 * time.Second)
 	r, q := stop(t, streams, from), stop(t, requests, from)
-	r.Requests, r.Failed, r.Errors, r.Max = q.Requests, q.Failed, q.Errors, q.Max
+	r.Requests, r.Failed, r.Errors, r.Failures, r.Max = q.Requests, q.Failed, q.Errors, q.Failures, q.Max
 	t.Logf("%d streams, %d broken %v, %d unopened, longest silence %v; %d requests, %d failed %v, slowest %v", r.Streams, r.Broken, r.Breaks, r.Unopened, r.Silence, r.Requests, r.Failed, r.Errors, r.Max)
 	for _, n := range m.Nodes {
 		b, err := os.ReadFile(n.LogFile())
@@ -128,9 +128,7 @@ func TestUpgrades(t *testing.T) {
 	if r.Streams != upgradeStreams || r.Broken > 0 {
 		t.Errorf("%d of %d streams broke: %v", r.Broken, r.Streams, r.Breaks)
 	}
-	if r.Failed > 0 {
-		t.Errorf("%d of %d new connections failed: %v", r.Failed, r.Requests, r.Errors)
-	}
+	unfailing(t, r, 0)
 	// Longer than on other planned moves: meanwhile a process starts on the same processors.
 	never(t, m, from, 3*planned)
 	done := 0
@@ -219,9 +217,10 @@ exec %[4]s "$@"`, n.LogFile(), after, signal, good))
 			time.Sleep(time.Second)
 			r := stop(t, run, from)
 			t.Logf("%d streams, %d broken %v; %d requests, %d failed %v, slowest %v", r.Streams, r.Broken, r.Breaks, r.Requests, r.Failed, r.Errors, r.Max)
-			if r.Broken > 0 || r.Failed > 0 {
-				t.Errorf("%d of %d streams broke (%v), %d of %d new connections failed (%v)", r.Broken, r.Streams, r.Breaks, r.Failed, r.Requests, r.Errors)
+			if r.Broken > 0 {
+				t.Errorf("%d of %d streams broke: %v", r.Broken, r.Streams, r.Breaks)
 			}
+			unfailing(t, r, 0)
 			if now := owner(t, m); (now != n) != c.moves {
 				t.Errorf("%s has the VIP, %s had it", now.Name, n.Name)
 			}

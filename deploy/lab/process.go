@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -115,13 +116,17 @@ func (p *process) end(s os.Signal) error {
 	}
 }
 
-// tail returns the last lines of a file, or why it cannot be read.
+var chatter = regexp.MustCompile(`(?m)^\S+ \[DEBUG\] hameshd\.store\.etcd: .*\n`)
+
+// tail returns the last lines of a file, or why it cannot be read. What the libraries in an
+// agent tell of their inner lives would push out what matters.
 func tail(path string) string {
 	const most = 8 << 10
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err.Error()
 	}
+	b = chatter.ReplaceAll(b, nil)
 	if len(b) > most {
 		b = b[len(b)-most:]
 		if _, after, ok := bytes.Cut(b, []byte("\n")); ok {

@@ -1,8 +1,10 @@
 package lab
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -33,6 +35,7 @@ type Report struct {
 	Requests int // that were due in this time
 	Failed   int
 	Errors   map[string]int // failed requests by cause
+	Failures Failures
 	Backends map[string]int // good requests by who answered
 
 	// Gap is the longest time from one good answer, whoever asked, to the next, or
@@ -50,6 +53,23 @@ type Report struct {
 	Breaks   map[string]int // by cause
 	Silence  time.Duration  // the longest time from one line of a stream to its next, or to the end
 	Unopened int            // failed attempts to open a stream
+}
+
+// Failures are failed requests in the order of their ends.
+type Failures []Sample
+
+// String says when each began, by whom and why it failed, to set beside agents' logs.
+func (f Failures) String() string {
+	const most = 40
+	var b strings.Builder
+	for i, s := range f {
+		if i == most {
+			fmt.Fprintf(&b, " and %d more", len(f)-most)
+			break
+		}
+		fmt.Fprintf(&b, " [%s %v %s]", s.Start.UTC().Format("15:04:05.000"), s.Source, s.Error)
+	}
+	return b.String()
 }
 
 // Summarize reports what samples say about the time from one instant to another. A gap
@@ -84,6 +104,7 @@ func Summarize(samples []Sample, from, to time.Time) Report {
 			if s.Error != "" {
 				r.Failed++
 				r.Errors[s.Error]++
+				r.Failures = append(r.Failures, s)
 				continue
 			}
 			r.Backends[s.Backend]++

@@ -34,6 +34,7 @@ func TestSummarize(t *testing.T) {
 	want := lab.Report{
 		Requests: 4, Failed: 1,
 		Errors: map[string]int{"reset": 1}, Backends: map[string]int{"a": 1, "b": 2},
+		Failures:    lab.Failures{{Kind: lab.Request, Source: two, Start: at(120), End: at(200), Error: "reset"}},
 		Gap:         200 * ms,
 		GapBySource: map[netip.Addr]time.Duration{one: 200 * ms, two: 480 * ms},
 		BySource:    map[netip.Addr][]string{one: {"a", "b"}, two: {"b"}},
