@@ -65,6 +65,7 @@ func command(args []string, stdout, stderr io.Writer) int {
 	}
 	switch rest := flags.Args(); {
 	case len(rest) == 0:
+		relax(*path)
 		return run(*path, stderr)
 	case len(rest) == 1 && rest[0] == "validate":
 		return validate(*path, stdout, stderr)
