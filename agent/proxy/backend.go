@@ -36,9 +36,8 @@ type backend struct {
 	sent, received, total, failures, outrun atomic.Uint64
 
 	// Guarded by Proxy.mu.
-	drain  *time.Timer // ends its sessions; nil: not running
+	ending *time.Timer // ends its sessions; nil: not running
 	wasUp  bool        // so that coming up now is a recovery
-	spared bool        // it is Down and has kept its sessions, since none was Up
 }
 
 // backend returns the backend of a name; nil: there is none.
@@ -82,28 +81,26 @@ func (b *backend) ramp(now, slowStart time.Duration) float64 {
 // and becomes Up beside others gets its clients back over Config.SlowStart.
 //
 // Connections to a backend that becomes Disabled are reset at once; those to one that
-// becomes Down are too, with OnDownClose, if another one is Up. If none is, their clients
-// would only come back to servers that are in trouble already, all of them at once: they
-// keep what they have until reprieve after the next one has come Up. Connections to one that
+// becomes Down are gather later, with OnDownClose, if another one is Up or Draining then. If
+// none is, their clients would only come back to servers that are in trouble already: they
+// keep what they have until reprieve after the next one is. Connections to one that
 // becomes Draining, or Down with OnDownDrain, are reset after Config.DrainTimeout.
 func (p *Proxy) SetBackends(states map[string]health.State) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	before := p.countUp()
-	var down []*backend // now, and their connections are to be reset
+	up, refuge := p.countUp(), p.refuge()
 	for _, b := range p.backends {
 		state, named := states[b.Name]
 		was := b.State()
 		if !named || state == was {
 			continue
 		}
-		p.stopDrain(b)
+		p.letLive(b)
 		b.rising.Store(0)
-		b.spared = false
 		if state == health.Up {
 			b.shunned.Store(0)
 			b.muted.Store(0)
-			if before > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
+			if up > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
 				b.rising.Store(int64(time.Since(origin)))
 			}
 			b.wasUp = true
@@ -113,47 +110,61 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		case state == health.Disabled:
 			p.reset(b, BackendDisabled, p.loops)
 		case state == health.Down && p.cfg.OnDown == OnDownClose:
-			down = append(down, b)
-		case (state == health.Down || state == health.Draining) && p.cfg.DrainTimeout > 0 && !p.closed:
-			p.startDrain(b)
+			p.endLater(b, gather, BackendDown)
+		case (state == health.Down || state == health.Draining) && p.cfg.DrainTimeout > 0:
+			p.endLater(b, p.cfg.DrainTimeout, DrainTimeout)
 		}
 	}
-	up := p.countUp() > 0
-	for _, b := range down {
-		if b.spared = !up; up {
-			p.reset(b, BackendDown, p.loops)
-		}
-	}
-	if up && before == 0 && slices.ContainsFunc(p.backends, func(b *backend) bool { return b.spared }) {
-		p.stopReprieve() // of an outage before this one
-		p.reprieved = time.AfterFunc(reprieve, p.resetSpared)
-	}
-}
-
-// reprieve is how long backends that were Down together have, after the first of them has
-// come Up, to do so too: longer than it takes checks to see them all.
-const reprieve = 2 * time.Second
-
-// resetSpared resets the connections of backends that are still Down while another one is Up.
-func (p *Proxy) resetSpared() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed || p.cfg.OnDown != OnDownClose || p.countUp() == 0 {
+	if refuge || !p.refuge() || p.cfg.OnDown != OnDownClose {
 		return
 	}
-	for _, b := range p.backends {
-		if b.spared {
-			b.spared = false
-			p.reset(b, BackendDown, p.loops)
+	for _, b := range p.backends { // those that clients came to when all were in trouble, too
+		if b.State() == health.Down {
+			p.letLive(b)
+			p.endLater(b, reprieve, BackendDown)
 		}
 	}
 }
 
-// stopReprieve lets the connections of backends that are Down live; p.mu is held.
-func (p *Proxy) stopReprieve() {
-	if p.reprieved != nil {
-		p.reprieved.Stop()
+// gather is how long the news that one backend is Down waits for the same of others: all
+// checks of an agent take place together, but end one after the other.
+const gather = 20 * time.Millisecond
+
+// reprieve is how long backends that were Down together have, after the first of them has
+// recovered, to do so too: longer than it takes checks to see them all.
+const reprieve = 2 * time.Second
+
+// endLater resets a backend's connections after some time; those of one that is Down only if
+// their clients have somewhere to go then. p.mu is held.
+func (p *Proxy) endLater(b *backend, after time.Duration, cause Cause) {
+	if p.closed {
+		return
 	}
+	var timer *time.Timer
+	timer = time.AfterFunc(after, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		// Else it was stopped just now.
+		if b.ending == timer && (cause != BackendDown || p.refuge()) {
+			p.reset(b, cause, p.loops)
+		}
+	})
+	b.ending = timer
+}
+
+// letLive lets a backend's connections live; p.mu is held.
+func (p *Proxy) letLive(b *backend) {
+	if b.ending != nil {
+		b.ending.Stop()
+		b.ending = nil
+	}
+}
+
+// refuge reports whether a backend is well, and so may have the clients of others.
+func (p *Proxy) refuge() bool {
+	return slices.ContainsFunc(p.backends, func(b *backend) bool {
+		return b.State() == health.Up || b.State() == health.Draining
+	})
 }
 
 // countUp returns how many backends are Up.

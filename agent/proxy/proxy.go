@@ -99,8 +99,6 @@ type Proxy struct {
 	active   int           // connections from accept to their end
 	idle     chan struct{} // closed while active is 0
 	clients  map[netip.Addr]int
-	// reprieved ends the sessions of backends that are still Down; nil: none was spared yet.
-	reprieved *time.Timer
 }
 
 // loopsOf returns how many loops a proxy has: one of them relays some 100 Gbit/s, or makes
@@ -296,9 +294,8 @@ func (p *Proxy) Close() {
 		p.closed = true
 		close(p.stopped)
 	}
-	p.stopReprieve()
 	for _, b := range slices.Concat(p.backends, p.retired) {
-		p.stopDrain(b)
+		p.letLive(b)
 	}
 	loops := p.loops
 	for _, s := range p.adopted {

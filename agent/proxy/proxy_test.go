@@ -373,8 +373,8 @@ func TestDownBackendsConnectionsAreReset(t *testing.T) {
 			t.Fatalf("a connection to the one that is down: %v, want a reset", err)
 		}
 	}
-	if took := time.Since(began); took > 50*time.Millisecond {
-		t.Errorf("resetting took %v", took)
+	if took := time.Since(began); took < gather || took > 50*gather {
+		t.Errorf("resetting took %v, want %v", took, gather)
 	}
 	p.SetBackends(down)
 	for _, s := range servers[:2] {
@@ -408,9 +408,16 @@ func TestAllDownKeepsConnections(t *testing.T) {
 			t.Fatalf("a connection to %s: %v", s.name, err)
 		}
 	}
-	all(p, health.Down)
+	for _, s := range servers { // one after the other, as an agent's checks end
+		p.SetBackends(map[string]health.State{s.name: health.Down})
+	}
+	time.Sleep(3 * gather)
 	for _, s := range servers {
 		lives(s)
+	}
+	came := dial(t, p, clientsOf(servers[2], 1, servers...)[0]) // when there was nothing better
+	if met := mustName(t, came); met != servers[2].name {
+		t.Fatalf("a client of %s came to %s", servers[2].name, met)
 	}
 	began := time.Now()
 	p.SetBackends(map[string]health.State{servers[0].name: health.Up})
@@ -419,8 +426,23 @@ func TestAllDownKeepsConnections(t *testing.T) {
 	if _, err := conns[servers[2].name].Read(make([]byte, 1)); !isReset(err) || time.Since(began) < reprieve {
 		t.Errorf("the one that stays down: %v after %v, want a reset after %v", err, time.Since(began), reprieve)
 	}
+	if _, err := came.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("the one that came to it meanwhile: %v, want a reset", err)
+	}
 	for _, s := range servers[:2] {
 		lives(s)
+	}
+}
+
+// One that is being drained is well, and may have the clients of one that goes down.
+func TestDrainingIsRefuge(t *testing.T) {
+	servers := three(t, echo)[:2]
+	p := start(t, nil, servers...)
+	conn := dial(t, p, clientsOf(servers[0], 1, servers...)[0])
+	mustName(t, conn)
+	p.SetBackends(map[string]health.State{servers[0].name: health.Down, servers[1].name: health.Draining})
+	if _, err := conn.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("%v, want a reset", err)
 	}
 }
 

@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/proxy/affinity"
@@ -128,7 +127,7 @@ func (p *Proxy) replaceBackends(wanted []Backend) {
 		b.Weight, b.ranked.Weight = w.Weight, max(w.Weight, 1)
 		p.backends = append(p.backends, b)
 		if !slices.Contains(before, b) {
-			p.stopDrain(b)
+			p.letLive(b)
 			b.state.Store(int32(health.Unknown))
 			b.index = -1
 			continue
@@ -154,36 +153,15 @@ func (p *Proxy) replaceBackends(wanted []Backend) {
 
 // retire ends the connections of a backend that is there no more, or lets them end.
 func (p *Proxy) retire(b *backend) {
-	p.stopDrain(b)
+	p.letLive(b)
 	if p.cfg.OnDown == OnDownClose {
 		b.state.Store(int32(health.Disabled)) // ends attempts under way
 		p.reset(b, BackendRemoved, p.loops)
 		return
 	}
 	b.state.Store(int32(health.Draining))
-	if p.cfg.DrainTimeout > 0 && !p.closed {
-		p.startDrain(b)
-	}
-}
-
-// startDrain bounds how long a backend's connections live; p.mu is held.
-func (p *Proxy) startDrain(b *backend) {
-	var timer *time.Timer
-	timer = time.AfterFunc(p.cfg.DrainTimeout, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if b.drain == timer { // else it was stopped just now
-			p.reset(b, DrainTimeout, p.loops)
-		}
-	})
-	b.drain = timer
-}
-
-// stopDrain lets a backend's connections live; p.mu is held.
-func (p *Proxy) stopDrain(b *backend) {
-	if b.drain != nil {
-		b.drain.Stop()
-		b.drain = nil
+	if p.cfg.DrainTimeout > 0 {
+		p.endLater(b, p.cfg.DrainTimeout, DrainTimeout)
 	}
 }
 
