@@ -508,7 +508,9 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 // as the ownership loop steps.
 func (a *Agent) tellReady(ctx context.Context) error {
 	every := 100 * time.Millisecond
-	ready := false
+	limit, _ := daemon.SdWatchdogEnabled(false)
+	// Where an agent goes on in another one's place, the watchdog waits already.
+	ready, fed := false, a.inheritance != nil
 	for {
 		select {
 		case <-ctx.Done():
@@ -520,13 +522,12 @@ func (a *Agent) tellReady(ctx context.Context) error {
 			a.log.Info("ready", "mesh", a.cfg.Mesh, "node", a.cfg.Node.Name, "version", Version)
 			_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 			a.joined.Store(true)
-			limit, _ := daemon.SdWatchdogEnabled(false)
 			if limit == 0 {
 				return nil
 			}
-			every = limit / 3
+			fed, every = true, limit/3
 		}
-		if ready && time.Since(time.Unix(0, a.beatAt.Load())) < stuckAfter {
+		if fed && limit > 0 && time.Since(time.Unix(0, a.beatAt.Load())) < stuckAfter {
 			_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
 		}
 	}
@@ -658,13 +659,13 @@ func (a *Agent) watchDeaths(ctx context.Context) error {
 		a.board.mu.Lock()
 		a.board.silent = lost
 		a.board.mu.Unlock()
-		for member := range lost {
-			a.handing.died(member, a.ownerOf)
-		}
-		poke(a.flows.wake)
 		for _, s := range a.services {
 			s.setDead(dead)
 		}
+		for member := range lost { // may wait for the kernel
+			a.handing.died(member, a.ownerOf)
+		}
+		poke(a.flows.wake)
 		a.board.notify()
 	}
 }

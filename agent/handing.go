@@ -82,6 +82,7 @@ type handed struct {
 	// are kept. It is read by the ownership loop, which must not wait for mu.
 	told     atomic.Int64
 	from     string                 // member to which unknown packets are forwarded; empty: none
+	target   netip.Addr             // that member's
 	toldFrom atomic.Pointer[string] // from, for heartbeats
 	arrival  atomic.Pointer[[]byte] // where this node takes what is forwarded, for heartbeats
 	owner    string                 // when the chain was last looked at
@@ -106,11 +107,14 @@ func (h *handing) behind(vip, member, owner string) string {
 
 // forward sends unknown packets to a member from now on; to nobody if it is empty.
 func (h *handing) forward(vip string, v *handed, to string) {
-	if to == v.from {
-		return
+	if to != v.from {
+		h.forwardTo(vip, v, to, h.target(vip, to))
 	}
+}
+
+func (h *handing) forwardTo(vip string, v *handed, to string, target netip.Addr) {
 	var err error
-	switch target := h.target(vip, to); {
+	switch {
 	case to == "":
 		err = h.kernel.Unforward(h.address(vip))
 	case !target.IsValid():
@@ -122,7 +126,7 @@ func (h *handing) forward(vip string, v *handed, to string) {
 		h.log.Warn("could not change where unknown connections go", "vip", vip, "peer", to, "error", err)
 		return
 	}
-	v.from, v.since = to, time.Now()
+	v.from, v.target, v.since = to, target, time.Now()
 	v.toldFrom.Store(&to)
 	if to != "" {
 		h.chain.Reset(chainLook)
@@ -319,8 +323,18 @@ func (h *handing) resume(vip string, d drain) {
 			h.log.Warn("connections that were kept may break", "vip", vip, "error", err)
 		}
 	}
-	h.forward(vip, v, d.Forwards)
-	v.since = time.Now()
+	if d.Forwards != "" {
+		if !d.Target.IsValid() { // an older agent's word
+			d.Target = h.target(vip, d.Forwards)
+		}
+		h.forwardTo(vip, v, d.Forwards, d.Target)
+	}
+	if v.from == "" { // else the kernel would go on with what nobody knows of
+		if err := h.kernel.Unforward(h.address(vip)); err != nil {
+			h.log.Warn("could not take a forward away", "vip", vip, "error", err)
+		}
+	}
+	v.since = time.Now().Add(trustWithin) // the members of the chain have to be heard first
 }
 
 // openHanding connects to the kernel and sweeps, unless another agent's work goes on; a

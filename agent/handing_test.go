@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"github.com/hamesh/hamesh/agent/config"
 	"github.com/hamesh/hamesh/agent/ownership"
 )
 
@@ -91,4 +93,108 @@ func TestHandingRests(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// forwards is a kernel that says where packets of unknown connections go.
+type forwards struct {
+	idleKernel
+	to map[netip.Addr]netip.Addr
+}
+
+func (f forwards) Forward(vip netip.Addr, _ []uint16, target netip.Addr) error {
+	f.to[vip] = target
+	return nil
+}
+
+func (f forwards) Unforward(vip netip.Addr) error {
+	delete(f.to, vip)
+	return nil
+}
+
+// An agent that goes on in another one's place forwards where that one did, though it has
+// heard of nobody yet, and leaves nobody out of the chain before it could hear them.
+func TestForwardsAreResumed(t *testing.T) {
+	vip, told, fixed := netip.MustParseAddr("fd00::100"), netip.MustParseAddr("fd00::12"), netip.MustParseAddr("fd00::13")
+	for name, c := range map[string]struct {
+		drain drain
+		fixed netip.Addr // the configuration's
+		to    netip.Addr
+	}{
+		"an address that was told":       {drain{Forwards: "cp-2", Target: told}, netip.Addr{}, told},
+		"from an agent that passed none": {drain{Forwards: "cp-2"}, fixed, fixed},
+		"to nobody knows where":          {drain{Forwards: "cp-2"}, netip.Addr{}, netip.Addr{}},
+		"to nobody":                      {drain{}, fixed, netip.Addr{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				kernel := forwards{to: map[netip.Addr]netip.Addr{vip: told}} // the one before
+				h := &handing{
+					self: "cp-1", patience: time.Second, kernel: kernel, ports: []uint16{16443}, log: hclog.NewNullLogger(),
+					address: func(string) netip.Addr { return vip },
+					target:  func(string, string) netip.Addr { return c.fixed },
+					arrival: func(string) netip.Addr { return netip.Addr{} },
+					peer:    func(string, string) (bool, string) { return false, "" }, // not heard
+					count:   time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
+					vips: map[string]*handed{"v": {}},
+				}
+				h.vips["v"].told.Store(-1)
+				h.vips["v"].toldFrom.Store(new(string))
+				h.resume("v", c.drain)
+				ended := make(chan error)
+				go func() { ended <- h.run(ctx, func(string) string { return "" }) }()
+				goesTo := func(want netip.Addr) {
+					t.Helper()
+					h.mu.Lock()
+					defer h.mu.Unlock()
+					if got := kernel.to[vip]; got != want {
+						t.Errorf("forwarded to %v, want %v", got, want)
+					}
+				}
+				time.Sleep(trustWithin - chainLook)
+				goesTo(c.to)
+				time.Sleep(time.Second) // not heard all that time
+				goesTo(netip.Addr{})
+				cancel()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+func TestFits(t *testing.T) {
+	cfg := func(edit func(*config.Config)) *config.Config {
+		c := &config.Config{
+			Node: config.Node{Name: "cp-1"}, DataDir: "/var/lib/hamesh",
+			VIPs:    []config.VIP{{Name: "kube-api", Address: netip.MustParseAddr("10.0.0.100"), Interface: "eth0"}},
+			Proxies: []config.Proxy{{Name: "kube-api", Port: 16443}},
+		}
+		edit(c)
+		return c
+	}
+	same := func(*config.Config) {}
+	left := provenanceOf(cfg(same))
+	if err := left.fits(cfg(same)); err != nil {
+		t.Error(err)
+	}
+	for want, edit := range map[string]func(*config.Config){
+		"cp-2":               func(c *config.Config) { c.Node.Name = "cp-2" },
+		"kube-api:6443":      func(c *config.Config) { c.Proxies[0].Port = 6443 },
+		"10.0.0.101 on eth0": func(c *config.Config) { c.VIPs[0].Address = netip.MustParseAddr("10.0.0.101") },
+		"10.0.0.100 on eth1": func(c *config.Config) { c.VIPs[0].Interface = "eth1" },
+		"VIPs map[]":         func(c *config.Config) { c.VIPs = nil },
+		"port 7000":          func(c *config.Config) { c.API.Port = 7000 },
+		"/run/other":         func(c *config.Config) { c.API.Socket = "/run/other" },
+		"127.0.0.1:7000":     func(c *config.Config) { c.Metrics.Listen = netip.MustParseAddrPort("127.0.0.1:7000") },
+	} {
+		if err := left.fits(cfg(edit)); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "restart") {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+	left.VIPs, left.Listen = nil, nil // an older agent's
+	if err := left.fits(cfg(func(c *config.Config) { c.API.Port = 7000 })); err != nil {
+		t.Error(err)
+	}
 }

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -46,6 +48,10 @@ type Inheritance struct {
 type provenance struct {
 	Node, DataDir, Version string
 	Proxies                map[string]uint16 // name → port
+	// What an agent that goes on in another one's place has from that one, not from its
+	// configuration. Agents before did not tell it.
+	VIPs   map[string]string // name → address and interface
+	Listen []string          // for gRPC, on the socket, for metrics
 	// Flows is the boot id under which the others know the connections: that of the first
 	// agent of the line, since the connections do not end with an agent.
 	Flows uint64
@@ -77,7 +83,8 @@ type drain struct {
 	Kept     bool
 	Age      time.Duration // since when it is kept
 	Count    int64
-	Forwards string // member to which packets of unknown connections go; empty: none
+	Forwards string     // member to which packets of unknown connections go; empty: none
+	Target   netip.Addr // that member's: it has told it to the agent before
 	Owner    string
 }
 
@@ -156,10 +163,14 @@ func (a *Agent) takeLock() (err error) {
 
 // provenanceOf is what an inheritance says of a configuration.
 func provenanceOf(cfg *config.Config) provenance {
-	w := provenance{Node: cfg.Node.Name, DataDir: cfg.DataDir, Version: Version, Proxies: map[string]uint16{}}
+	w := provenance{Node: cfg.Node.Name, DataDir: cfg.DataDir, Version: Version, Proxies: map[string]uint16{}, VIPs: map[string]string{}}
 	for _, p := range cfg.Proxies {
 		w.Proxies[p.Name] = p.Port
 	}
+	for _, v := range cfg.VIPs {
+		w.VIPs[v.Name] = v.Address.String() + " on " + v.Interface
+	}
+	w.Listen = []string{fmt.Sprint("port ", cfg.API.Port), cfg.API.Socket, cfg.Metrics.Listen.String()}
 	return w
 }
 
@@ -171,6 +182,10 @@ func (w provenance) fits(cfg *config.Config) error {
 		return fmt.Errorf("the configuration is that of %s in %s now, and was %s in %s; a restart changes that", now.Node, now.DataDir, w.Node, w.DataDir)
 	case !maps.Equal(now.Proxies, w.Proxies):
 		return fmt.Errorf("the configuration has the proxies %v now, and had %v; a restart changes that", now.Proxies, w.Proxies)
+	case w.VIPs != nil && !maps.Equal(now.VIPs, w.VIPs):
+		return fmt.Errorf("the configuration has the VIPs %v now, and had %v; a restart changes that", now.VIPs, w.VIPs)
+	case w.Listen != nil && !slices.Equal(now.Listen, w.Listen):
+		return fmt.Errorf("the configuration lets the agent listen on %q now, and did on %q; a restart changes that", now.Listen, w.Listen)
 	}
 	return nil
 }
@@ -195,7 +210,8 @@ func (a *Agent) rest() drains {
 	d := drains{VIPs: map[string]drain{}}
 	a.handing.each(func(vip string, v *handed) {
 		d.VIPs[vip] = drain{
-			Kept: !v.keptSince.IsZero(), Age: time.Since(v.keptSince), Count: v.told.Load(), Forwards: v.from, Owner: v.owner,
+			Kept: !v.keptSince.IsZero(), Age: time.Since(v.keptSince), Count: v.told.Load(),
+			Forwards: v.from, Target: v.target, Owner: v.owner,
 		}
 	})
 	a.board.mu.Lock()
@@ -323,6 +339,10 @@ func (a *Agent) depart(left *Inheritance, err error) (*Inheritance, error) {
 	case left.given:
 		return nil, fmt.Errorf("connections were lost with the new process: %w", left.refused)
 	}
-	a.lock = nil // the inheritance's
+	a.lock = nil        // the inheritance's
+	if a.guard != nil { // the next agent here posts its own; this one would sweep behind a later successor's back
+		a.guard.Stop()
+		a.guard = nil
+	}
 	return left, nil
 }

@@ -386,6 +386,49 @@ func TestReloadTellsManager(t *testing.T) {
 	}
 }
 
+// TestWatchdogIsFed checks that an agent that goes on in another one's place feeds systemd's
+// watchdog from the start: that does not wait until it is ready.
+func TestWatchdogIsFed(t *testing.T) {
+	a := &Agent{ctx: t.Context(), loop: &loop{inputs: make(chan input), done: make(chan struct{})}}
+	close(a.loop.done) // so that the agent is not ready
+	socket := filepath.Join(t.TempDir(), "notify")
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	t.Setenv("NOTIFY_SOCKET", socket)
+	t.Setenv("WATCHDOG_USEC", "10000000")
+	fed := func() bool {
+		t.Helper()
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- a.tellReady(ctx) }()
+		if err := manager.SetReadDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		var b [200]byte
+		n, err := manager.Read(b[:])
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+		return string(b[:n]) == "WATCHDOG=1"
+	}
+	a.beatAt.Store(time.Now().UnixNano())
+	if fed() {
+		t.Error("it is fed before the agent has told that it is ready")
+	}
+	a.inheritance = &Inheritance{}
+	a.beatAt.Store(time.Now().UnixNano())
+	if !fed() {
+		t.Error("it is not fed")
+	}
+}
+
 // TestLogger changes level and format of a log that is in use.
 func TestLogger(t *testing.T) {
 	out := &logText{}

@@ -3,6 +3,7 @@ package agent
 import (
 	"os"
 	"runtime"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -21,6 +22,10 @@ const slackShare = 20
 // defaultTimerSlack is the kernel's.
 const defaultTimerSlack = 50 * time.Microsecond
 
+// envSlack is the slack in nanoseconds that an agent has given itself, so that the one that
+// goes on in its place knows that nobody else has chosen it.
+const envSlack = "HAMESH_TIMER_SLACK"
+
 // relax gives every thread of the process the timer slack that its configuration allows. A
 // thread starts with that of the one that started it, and Go's runtime has started its own
 // before main; but execve(2) keeps it. So the program is executed once more, in the same
@@ -29,19 +34,23 @@ const defaultTimerSlack = 50 * time.Microsecond
 func relax(path string) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	if timerSlack() != defaultTimerSlack {
+	has := timerSlack()
+	if own, _ := strconv.ParseInt(os.Getenv(envSlack), 10, 64); has != defaultTimerSlack && int64(has) != own {
 		return
+	}
+	if f, err := os.Stat(path); err != nil || !f.Mode().IsRegular() {
+		return // a pipe can be read once only
 	}
 	cfg, err := config.Load(path)
 	if err != nil {
 		return // told by who needs it
 	}
+	wants := cfg.Timing.Margin / slackShare
 	program, err := os.Executable()
-	if err != nil {
+	if err != nil || wants == has || os.Setenv(envSlack, strconv.FormatInt(int64(wants), 10)) != nil {
 		return
 	}
-	slack := cfg.Timing.Margin / slackShare
-	if unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(slack), 0, 0, 0) == nil && timerSlack() == slack {
+	if unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(wants), 0, 0, 0) == nil && timerSlack() == wants {
 		_ = syscall.Exec(program, os.Args, os.Environ())
 	}
 }

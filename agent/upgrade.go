@@ -91,6 +91,9 @@ func (u *upgrade) upgrade(ctx context.Context) (left *Inheritance, err error) {
 	if os.Getenv(envFirst) != "" {
 		return nil, errors.New("in a container the agent ends with its first process: replace the container")
 	}
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return nil, errors.New("whoever has started this process would take its end for the agent's, as no systemd unit of Type=notify is told of the next one: restart it")
+	}
 	defer a.tellReloading()()
 	s, err := startSuccessor(u.program)
 	if err != nil {
@@ -119,7 +122,6 @@ func (u *upgrade) upgrade(ctx context.Context) (left *Inheritance, err error) {
 		return left, err
 	}
 	u.log.Info("another process has taken over", "process", s.cmd.Process.Pid, "version", version, "frozen", frozen)
-	// No systemd, no notice.
 	_, _ = daemon.SdNotify(false, fmt.Sprintf("MAINPID=%d\n%s", s.cmd.Process.Pid, daemon.SdNotifyReady))
 	return nil, nil
 }
@@ -181,7 +183,7 @@ func (a *Agent) retire(ctx context.Context) (left *Inheritance, err error) {
 	select {
 	case <-a.stopped:
 	case <-time.After(handOverWithin):
-		return left, errors.New("a VIP is still here")
+		return left, fmt.Errorf("not everything was given up in %v", handOverWithin)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}

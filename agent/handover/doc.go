@@ -16,9 +16,9 @@
 //
 // # The order of a move
 //
-// Giver: Keep, then the address off. Taker: Forward, then the address on, then Unkeep,
-// then announce: it may have given the same VIP away moments ago, and what is kept is
-// silent on the segment. A move that fails is undone by Unkeep and Unforward.
+// Giver: Keep, then the address off. Taker: Forward, then the address on and announced, then
+// Unkeep: it may have given the same VIP away moments ago, and until then what is kept leaves
+// questions of the segment unanswered. A move that fails is undone by Unkeep and Unforward.
 //
 // Whoever learns that another node has become the owner, and that the segment knows it too,
 // drops its own forward to that node, and only to that one. So in
