@@ -140,7 +140,14 @@ func (l *loop) fill(h *half, source *socket) (n int) {
 	// At the mark of urgent data a splice says the same as at the end (net/ipv4/tcp.c,
 	// tcp_read_sock): only a read tells which it is.
 	if h.pipe == nil && (n == 0 && errno == 0 || source.eager && errno == unix.EAGAIN) {
-		n, errno = receive(source.fd, l.scratch[:])
+		for {
+			n, errno = receive(source.fd, l.scratch[:])
+			// There a read says EAGAIN also while a signal is on its way to the thread
+			// (tcp_recvmsg_locked), as Go's own are, and the kernel announces nothing anew.
+			if errno != unix.EAGAIN || !source.eager || !hasInput(source.fd) {
+				break
+			}
+		}
 		h.bulky = n == len(l.scratch)
 		if n > 0 {
 			h.pending = l.scratch[:n]

@@ -237,3 +237,10 @@ func pendingError(fd int) syscall.Errno {
 	}
 	return errno
 }
+
+// hasInput reports whether a read would bring something, or the stream's end.
+func hasInput(fd int) bool {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0 && fds[0].Revents&unix.POLLIN != 0
+}
