@@ -112,6 +112,7 @@ func (h *handing) forward(vip string, v *handed, to string) {
 	}
 }
 
+// forwardTo does so where the member's address is known already.
 func (h *handing) forwardTo(vip string, v *handed, to string, target netip.Addr) {
 	var err error
 	switch {
@@ -328,10 +329,8 @@ func (h *handing) resume(vip string, d drain) {
 			d.Target = h.target(vip, d.Forwards)
 		}
 		h.forwardTo(vip, v, d.Forwards, d.Target)
-	}
-	if v.from == "" { // else the kernel would go on with what nobody knows of
-		if err := h.kernel.Unforward(h.address(vip)); err != nil {
-			h.log.Warn("could not take a forward away", "vip", vip, "error", err)
+		if v.from == "" { // else the kernel would go on with what nobody knows of
+			h.forwardTo(vip, v, "", netip.Addr{})
 		}
 	}
 	v.since = time.Now().Add(trustWithin) // the members of the chain have to be heard first

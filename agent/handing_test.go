@@ -123,7 +123,6 @@ func TestForwardsAreResumed(t *testing.T) {
 		"an address that was told":       {drain{Forwards: "cp-2", Target: told}, netip.Addr{}, told},
 		"from an agent that passed none": {drain{Forwards: "cp-2"}, fixed, fixed},
 		"to nobody knows where":          {drain{Forwards: "cp-2"}, netip.Addr{}, netip.Addr{}},
-		"to nobody":                      {drain{}, fixed, netip.Addr{}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -348,16 +348,23 @@ func TestReloadRefused(t *testing.T) {
 	r.taken("the configuration was read again")
 }
 
-// TestReloadTellsManager checks what the service manager hears.
-func TestReloadTellsManager(t *testing.T) {
-	r := newReloadRig(t)
+// serviceManager is a socket for what the agent tells its manager.
+func serviceManager(t *testing.T) *net.UnixConn {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "notify")
 	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer manager.Close()
+	t.Cleanup(func() { manager.Close() })
 	t.Setenv("NOTIFY_SOCKET", socket)
+	return manager
+}
+
+// TestReloadTellsManager checks what the service manager hears.
+func TestReloadTellsManager(t *testing.T) {
+	r := newReloadRig(t)
+	manager := serviceManager(t)
 	heard := func() string {
 		t.Helper()
 		var b [200]byte
@@ -391,13 +398,7 @@ func TestReloadTellsManager(t *testing.T) {
 func TestWatchdogIsFed(t *testing.T) {
 	a := &Agent{ctx: t.Context(), loop: &loop{inputs: make(chan input), done: make(chan struct{})}}
 	close(a.loop.done) // so that the agent is not ready
-	socket := filepath.Join(t.TempDir(), "notify")
-	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer manager.Close()
-	t.Setenv("NOTIFY_SOCKET", socket)
+	manager := serviceManager(t)
 	t.Setenv("WATCHDOG_USEC", "10000000")
 	fed := func() bool {
 		t.Helper()
