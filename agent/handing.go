@@ -48,8 +48,8 @@ type drainer interface {
 // forwards what it does not know to the last giver, that one to the giver before it, and
 // so on. A member leaves the chain when it becomes the owner, has no connection left or
 // dies; whoever forwarded to it then forwards to the one behind it. While they do not all
-// know that yet, packets may go round until their hop limit ends them; that costs a
-// retransmission, where a gap in the chain would cost the connection.
+// know that yet, packets may go round, sixteen times at most; that costs a retransmission,
+// where a gap in the chain would cost the connection.
 type handing struct {
 	self string
 	// patience bounds what stands between the decision to take an address off and doing it,

@@ -23,8 +23,8 @@
 // Whoever learns that another node has become the owner, and that the segment knows it too,
 // drops its own forward to that node, and only to that one. So in
 // A→B→C the packets of A's connections go by way of C and B, in A→B→A those of B's go by
-// way of A, and no forwards ever form a ring. For as long as that is not so, the hop limit
-// of a packet, less one at each node, ends its way.
+// way of A, and no forwards form a ring. Until that is so, a packet that no node of the
+// ring knows is dropped after sixteen nodes.
 //
 // A drain ends where Established says zero, or at its deadline: then Reset, and after it
 // Unkeep, both on the giver, and Unforward on the taker. A forward to a node that has died

@@ -132,6 +132,7 @@ func (s *sockets) probe(addr netip.Addr) error {
 		{"nf_tables", f.table(), nil},
 		{"nf_tables expression socket wildcard", f.table(), unknown()},
 		{"nf_tables expression dup", f.table(), send(addr)},
+		{"nf_tables payload write", f.table(), hopsLeft(f)},
 	}
 	if f == ipv4 {
 		features = append(features,
@@ -205,7 +206,7 @@ func (s *sockets) forward(f family, forwards []forward) error {
 	var rules [][]expr.Any
 	for _, w := range forwards {
 		for _, port := range w.ports {
-			rules = append(rules, w.rule(port))
+			rules = append(rules, w.rules(port)...)
 		}
 	}
 	return s.replace(f.table(), chain{"forward", nftables.ChainHookPrerouting, rules})
@@ -222,31 +223,71 @@ func field(base expr.PayloadBase, offset, length int) expr.Any {
 // tcpSYN is the flag's bit in byte 13 of the TCP header (RFC 9293, 3.1).
 const tcpSYN = 0x02
 
-// rule is, in nft's words:
+// hops is how often a packet is forwarded at most, more often than a chain of givers is long.
+const hops = 16
+
+// rules are, in nft's words and with "ip6 hoplimit" for IPv6:
 //
-//	iifname IF ip daddr VIP tcp dport PORT tcp flags & syn == 0 socket wildcard 1 dup to NODE drop
+//	iifname IF ip daddr VIP tcp dport PORT tcp flags & syn == 0 ip ttl > 16 socket wildcard 1 ip ttl set 16 dup to NODE drop
+//	iifname IF ip daddr VIP tcp dport PORT tcp flags & syn == 0 ip ttl > 1 ip ttl <= 16 socket wildcard 1 dup to NODE drop
+//	iifname IF ip daddr VIP tcp dport PORT tcp flags & syn == 0 ip ttl <= 1 socket wildcard 1 drop
 //
-// It goes by the interface because packets that this node itself, or a container on it,
+// They go by the interface because packets that this node itself, or a container on it,
 // sends to the VIP could not be answered: the former owner's answers would come from
 // outside with a source address that is this node's own, and be dropped as martian.
-func (w forward) rule(port uint16) []expr.Any {
+//
+// The hops are counted here because nobody else does: nothing between one node's dup and
+// the next node's looks at the TTL, and what is 0 becomes 255. In a ring of forwards, which
+// there may be for a moment (package doc), a packet of a connection that has ended would go
+// round as fast as the processors can, and leave them to nothing else. At the end it is
+// dropped, not answered by a reset: who knows its connection may be out of the ring's sight.
+func (w forward) rules(port uint16) [][]expr.Any {
 	name := make([]byte, unix.IFNAMSIZ)
 	copy(name, w.Interface)
+	f := familyOf(w.Addr)
 	destination := 16 // offset in the IP header (RFC 791, 3.1)
-	if w.Addr.Is6() {
+	if f == ipv6 {
 		destination = 24 // RFC 8200, 3
 	}
-	exprs := []expr.Any{
+	match := []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}, equal(name),
 		field(expr.PayloadBaseNetworkHeader, destination, w.Addr.BitLen()/8), equal(w.Addr.AsSlice()),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equal([]byte{unix.IPPROTO_TCP}),
 		field(expr.PayloadBaseTransportHeader, 2, 2), equal(binaryutil.BigEndian.PutUint16(port)),
 		field(expr.PayloadBaseTransportHeader, 13, 1),
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{tcpSYN}, Xor: []byte{0}}, equal([]byte{0}),
+		field(expr.PayloadBaseNetworkHeader, f.ttl(), 1),
 	}
-	exprs = append(exprs, unknown()...)
-	exprs = append(exprs, send(w.to)...)
-	return append(exprs, &expr.Verdict{Kind: expr.VerdictDrop})
+	drop := []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}
+	return [][]expr.Any{
+		slices.Concat(match, ttl(expr.CmpOpGt, hops), unknown(), hopsLeft(f), send(w.to), drop),
+		slices.Concat(match, ttl(expr.CmpOpGt, 1), ttl(expr.CmpOpLte, hops), unknown(), send(w.to), drop),
+		slices.Concat(match, ttl(expr.CmpOpLte, 1), unknown(), drop),
+	}
+}
+
+// ttl is the offset of the TTL in the IP header (RFC 791, 3.1), or of the hop limit
+// (RFC 8200, 3).
+func (f family) ttl() int {
+	if f == ipv4 {
+		return 8
+	}
+	return 7
+}
+
+// ttl compares what was loaded with a number.
+func ttl(op expr.CmpOp, n byte) []expr.Any {
+	return []expr.Any{&expr.Cmp{Op: op, Register: 1, Data: []byte{n}}}
+}
+
+// hopsLeft lets a packet be forwarded so often yet. The copy that dup makes of it gets a new
+// checksum (net/ipv4/ip_output.c, __ip_local_out), and the packet itself goes nowhere.
+func hopsLeft(f family) []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: 1, Data: []byte{hops}},
+		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1,
+			Base: expr.PayloadBaseNetworkHeader, Offset: uint32(f.ttl()), Len: 1},
+	}
 }
 
 // unknown matches packets that would end at a listener bound to the wildcard address. One
@@ -255,7 +296,7 @@ func unknown() []expr.Any {
 	return []expr.Any{&expr.Socket{Key: expr.SocketKeyWildcard, Register: 1}, equal([]byte{1})}
 }
 
-// send sends a copy of the packet to the node, with a hop limit less by one and unseen by
+// send sends a copy of the packet to the node, with a TTL less by one and unseen by
 // connection tracking (net/ipv4/netfilter/nf_dup_ipv4.c).
 func send(to netip.Addr) []expr.Any {
 	return []expr.Any{&expr.Immediate{Register: 1, Data: to.AsSlice()}, &expr.Dup{RegAddr: 1}}

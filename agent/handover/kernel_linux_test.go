@@ -241,6 +241,56 @@ func TestBackAndForth(t *testing.T) {
 	})
 }
 
+// TestRing has two nodes forward to each other, as they may for a moment, and sends them
+// packets of a connection that neither has: they have to come to an end.
+func TestRing(t *testing.T) {
+	both(t, func(t *testing.T, a Address) {
+		w := newWorld(t)
+		w.a.take(a)
+		ofA := w.dial(a)
+		w.move(a, w.a, w.b)
+		ofB := w.dial(a)
+		must(t, w.a.Forward(a.Addr, ports, w.b.own[familyOf(a.Addr)]))
+		defer func() { check(t, w.a.Unforward(a.Addr)) }()
+		w.expectServer(ofA, w.a)
+		w.expectServer(ofB, w.b)
+
+		const strays = 10
+		client := netip.MustParseAddrPort(w.dial(a).LocalAddr().String())
+		before := w.a.received() + w.b.received()
+		must(t, w.client.Do(func() error {
+			for i := range uint16(strays) {
+				stray := netip.AddrPortFrom(client.Addr(), 1000+i) // no connection of the client's
+				if err := Tickle(t.Context(), stray, []netip.AddrPort{netip.AddrPortFrom(a.Addr, port)}); err != nil {
+					return err
+				}
+			}
+			return nil
+		}))
+		// Nothing says that they have ended: what is received has to stay the same.
+		last := uint64(0)
+		until(t, "strays come to an end", func() bool {
+			now := w.a.received() + w.b.received() - before
+			if now > 100*strays {
+				t.Fatalf("%d strays have been received %d times", strays, now)
+			}
+			rests := now == last && now >= strays*(hops-1)
+			last = now
+			time.Sleep(20 * time.Millisecond)
+			return rests
+		})
+		t.Logf("%d strays were received %d times", strays, last)
+		w.expectServer(ofA, w.a)
+		w.expectServer(ofB, w.b)
+	})
+}
+
+// received is how many frames have come to the node.
+func (n *node) received() uint64 {
+	n.t.Helper()
+	return link(n.t, n.host).Attrs().Statistics.RxPackets
+}
+
 func TestSeveralVIPs(t *testing.T) {
 	w := newWorld(t)
 	all := []Address{vip4, other, vip6}
