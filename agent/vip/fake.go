@@ -170,6 +170,8 @@ func (f *Fake) put(p place) error {
 	return nil
 }
 
+func (f *Fake) reached(place) bool { return true }
+
 func (f *Fake) remove(p place) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -56,6 +56,8 @@ type system interface {
 	list(match func(netip.Addr) bool) ([]place, error)
 	// put adds the address or renews its lifetime.
 	put(place) error
+	// reached says whether what comes for the address on its interface is delivered here.
+	reached(place) bool
 	// remove takes the address off; one that is not there is no error.
 	remove(place) error
 	close()
@@ -136,6 +138,9 @@ func (k *Kernel) Close() {
 // rounds is how often a step is repeated until the kernel shows what was asked for.
 const rounds = 3
 
+// reachedWithin bounds the wait for an address to be reached.
+const reachedWithin = 100 * time.Millisecond
+
 // Set makes the desired addresses the only managed ones that the kernel has, on any
 // interface: those not desired are taken off first, then the desired are put on or
 // renewed. Each has a full-length prefix, and a preferred lifetime of zero.
@@ -147,6 +152,11 @@ const rounds = 3
 //
 // The desired addresses are asked for when the turn has begun: whoever makes one not
 // desired, and then withdraws it, can be sure that Set does not put it on again.
+//
+// An IPv6 address is of use a moment after it is on: Linux routes to it from a work queue
+// (net/ipv6/addrconf.c, addrconf_dad_work), on a busy machine tens of milliseconds later, and
+// drops what comes before. Set returns when that is done, so that who is told of the address
+// then is served; after 100 ms it returns in any case.
 //
 // Every call is a change to the kernel, which tells everybody who listens to rtnetlink:
 // renewing some three times in a lifetime is enough.
@@ -210,8 +220,14 @@ func (k *Kernel) Set(desired func() []Address) (held []Address, err error) {
 	for _, s := range k.slots {
 		errs = append(errs, failed[s])
 	}
+	limit := time.Now().Add(reachedWithin)
 	for _, p := range found {
-		if s := k.slot(p.addr); s.withdrawn.Load() == turns[s] {
+		s := k.slot(p.addr)
+		current := func() bool { return s.withdrawn.Load() == turns[s] }
+		for right(p) && current() && !k.set.reached(p) && time.Now().Before(limit) {
+			time.Sleep(100 * time.Microsecond)
+		}
+		if current() {
 			held = append(held, s.at(p))
 		}
 	}

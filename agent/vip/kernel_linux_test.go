@@ -265,6 +265,43 @@ func TestRealNoRoute(t *testing.T) {
 	}
 }
 
+// TestRealIsReached checks that what comes for an address is delivered as soon as Set returns,
+// which is when the segment is told to send it here.
+func TestRealIsReached(t *testing.T) {
+	r := newReal(t)
+	k := r.open()
+	l, err := r.host.Netlink().LinkByName("eth0")
+	check(t, err)
+	const turns = 300
+	reached := map[netip.Addr]int{}
+	for range turns {
+		both := []Address{lasting(vip4, time.Minute), lasting(vip6, time.Minute)}
+		if held, err := k.Set(always(both)); err != nil || len(held) != 2 {
+			t.Fatalf("held %v, error %v", held, err)
+		}
+		for _, a := range both {
+			from := &netlink.RouteGetOptions{IifIndex: l.Attrs().Index, SrcAddr: neighbour(a.Addr)}
+			routes, err := r.host.Netlink().RouteGetWithOptions(a.Addr.AsSlice(), from)
+			if err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL {
+				reached[a.Addr]++
+			}
+			check(t, k.Withdraw(a.Addr))
+		}
+	}
+	for _, a := range []Address{vip4, vip6} {
+		if reached[a.Addr] < turns {
+			t.Errorf("%v was reached %d times of %d", a.Addr, reached[a.Addr], turns)
+		}
+	}
+}
+
+func neighbour(a netip.Addr) net.IP {
+	if a.Is4() {
+		return net.ParseIP("10.77.0.200")
+	}
+	return net.ParseIP("fd77::200")
+}
+
 func TestRealLimitsOneWithoutLimit(t *testing.T) {
 	r := newReal(t)
 	k := r.open()

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -136,6 +137,17 @@ func (t table) put(p place) error {
 		a.Flags |= unix.IFA_F_NODAD
 	}
 	return explain(t.AddrReplace(nil, a))
+}
+
+// reached asks for the kernel's own route: package handover's would be gone too early.
+func (t table) reached(p place) bool {
+	if p.addr.Is4() {
+		return true // at once
+	}
+	routes, err := t.RouteGetWithOptions(p.addr.AsSlice(), &netlink.RouteGetOptions{IifIndex: p.index})
+	return err == nil && slices.ContainsFunc(routes, func(r netlink.Route) bool {
+		return r.Type == unix.RTN_LOCAL && r.Protocol == unix.RTPROT_KERNEL
+	})
 }
 
 func (t table) remove(p place) error {
