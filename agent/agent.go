@@ -698,6 +698,11 @@ func (a *Agent) unfit() string {
 	if reason := a.orders.unfit(); reason != "" {
 		return reason
 	}
+	select {
+	case <-a.guarded: // no address is put on before
+	default:
+		return "its guard is being started"
+	}
 	a.carrierMu.Lock()
 	defer a.carrierMu.Unlock()
 	for _, v := range a.cfg.VIPs {

@@ -59,6 +59,7 @@ func (a *Agent) watchOver(ctx context.Context) error {
 		}
 	}
 	close(a.guarded)
+	a.judgeEligibility()
 	if a.guard == nil {
 		return nil
 	}
