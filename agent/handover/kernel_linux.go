@@ -223,7 +223,7 @@ func field(base expr.PayloadBase, offset, length int) expr.Any {
 // tcpSYN is the flag's bit in byte 13 of the TCP header (RFC 9293, 3.1).
 const tcpSYN = 0x02
 
-// hops is how often a packet is forwarded at most, more often than a chain of givers is long.
+// hops is how often a packet is forwarded at most: a chain of givers is shorter.
 const hops = 16
 
 // rules are, in nft's words and with "ip6 hoplimit" for IPv6:
@@ -280,8 +280,8 @@ func ttl(op expr.CmpOp, n byte) []expr.Any {
 	return []expr.Any{&expr.Cmp{Op: op, Register: 1, Data: []byte{n}}}
 }
 
-// hopsLeft lets a packet be forwarded so often yet. The copy that dup makes of it gets a new
-// checksum (net/ipv4/ip_output.c, __ip_local_out), and the packet itself goes nowhere.
+// hopsLeft leaves a packet that many hops. The copy that dup makes of it gets a checksum of its
+// own (net/ipv4/ip_output.c, __ip_local_out), and the packet itself goes nowhere.
 func hopsLeft(f family) []expr.Any {
 	return []expr.Any{
 		&expr.Immediate{Register: 1, Data: []byte{hops}},
