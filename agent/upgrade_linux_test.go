@@ -153,11 +153,12 @@ func TestUpgradeRefused(t *testing.T) {
 	script := func(body string) func() error {
 		return func() error { return os.WriteFile(n.Program(), []byte("#!/bin/sh\n"+body+"\n"), 0o755) }
 	}
-	// late has a good program get a signal some time after it was found fit.
-	late := func(signal, after string) func() error {
-		return script(fmt.Sprintf(`n=$(grep -c 'nothing is held here' %[1]s)
-( while [ $(grep -c 'nothing is held here' %[1]s) -le $n ]; do sleep 0.01; done; sleep %[2]s; kill -%[3]s $$ ) &
-exec %[4]s "$@"`, n.LogFile(), after, signal, good))
+	// late has a good program get a signal when it has been found fit and starts its store,
+	// which takes long enough: at once, before it has taken over.
+	late := func(signal string) func() error {
+		return script(fmt.Sprintf(`n=$(grep -c 'simple token is not' %[1]s)
+( while [ $(grep -c 'simple token is not' %[1]s) -le $n ]; do sleep 0.002; done; kill -%[2]s $$ ) &
+exec %[3]s "$@"`, n.LogFile(), signal, good))
 	}
 	for _, c := range []struct {
 		name    string
@@ -171,8 +172,8 @@ exec %[4]s "$@"`, n.LogFile(), after, signal, good))
 		{"exits", script("exit 3"), "exit status 3", false},
 		{"crashes", script("kill -SEGV $$"), "signal: segmentation fault", false},
 		{"hangs", script("exec sleep 600"), "has not done in", false},
-		{"crashes later", late("KILL", "0.2"), "signal: killed", true},
-		{"hangs later", late("STOP", "0.2"), "has not done in", true},
+		{"crashes later", late("KILL"), "signal: killed", true},
+		{"hangs later", late("STOP"), "has not done in", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if _, _, _, err := m.Node("cp-1").Hactl("move-vip", "kube-api", "--to", n.Name, "--wait"); err != nil {
