@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/hamesh/hamesh/agent/config"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/vip"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
@@ -53,6 +54,21 @@ func TestConvert(t *testing.T) {
 	}
 	if got := ackFromProto(&wire); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+// TestNoVIPWithoutGuard: no address is put on before the guard watches, so a VIP that came to
+// the node before would be without a holder.
+func TestNoVIPWithoutGuard(t *testing.T) {
+	a := &Agent{cfg: &config.Config{}, guarded: make(chan struct{})}
+	a.orders = newOrders(a)
+	a.orders.known = true
+	if a.unfit() == "" {
+		t.Error("may take a VIP while its guard is being started")
+	}
+	close(a.guarded)
+	if reason := a.unfit(); reason != "" {
+		t.Errorf("may not take a VIP though it is guarded: %s", reason)
 	}
 }
 

@@ -221,17 +221,17 @@ func never(t *testing.T, m *lab.Mesh, from time.Time, none time.Duration) lab.Ho
 	return h
 }
 
-// granted is how long something may last where the test allows some time: so long, and as
-// long as the machine stood still, as the recorder's own lateness shows.
-func granted(limit time.Duration, h lab.Holding) time.Duration {
-	if limit == 0 {
+// granted is how long no node may have the address where the test allows some time: so long,
+// and as long as the machine stood still, as the recorder's own lateness shows.
+func granted(none time.Duration, h lab.Holding) time.Duration {
+	if none == 0 {
 		return 0
 	}
 	late := time.Duration(0)
 	for _, s := range h.Spans {
 		late = max(late, s.Late)
 	}
-	return limit + late
+	return none + late
 }
 
 // TestMesh walks one mesh through a life: formed, moved, cut, restarted.

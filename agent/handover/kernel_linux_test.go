@@ -193,13 +193,19 @@ func TestManyAndReset(t *testing.T) {
 	})
 }
 
+// moved moves a VIP from a to b, and returns a connection with each.
+func (w *world) moved(a Address) (ofA, ofB *conn) {
+	w.t.Helper()
+	w.a.take(a)
+	ofA = w.dial(a)
+	w.move(a, w.a, w.b)
+	return ofA, w.dial(a)
+}
+
 func TestChain(t *testing.T) {
 	both(t, func(t *testing.T, a Address) {
 		w := newWorld(t)
-		w.a.take(a)
-		ofA := w.dial(a)
-		w.move(a, w.a, w.b)
-		ofB := w.dial(a)
+		ofA, ofB := w.moved(a)
 		w.move(a, w.b, w.c)
 		ofC := w.dial(a)
 		w.expectServer(ofA, w.a)
@@ -217,10 +223,7 @@ func TestChain(t *testing.T) {
 func TestBackAndForth(t *testing.T) {
 	both(t, func(t *testing.T, a Address) {
 		w := newWorld(t)
-		w.a.take(a)
-		ofA := w.dial(a)
-		w.move(a, w.a, w.b)
-		ofB := w.dial(a)
+		ofA, ofB := w.moved(a)
 		for range 3 {
 			w.move(a, w.b, w.a)
 			w.expectServer(ofA, w.a)
@@ -246,10 +249,7 @@ func TestBackAndForth(t *testing.T) {
 func TestRing(t *testing.T) {
 	both(t, func(t *testing.T, a Address) {
 		w := newWorld(t)
-		w.a.take(a)
-		ofA := w.dial(a)
-		w.move(a, w.a, w.b)
-		ofB := w.dial(a)
+		ofA, ofB := w.moved(a)
 		must(t, w.a.Forward(a.Addr, ports, w.b.own[familyOf(a.Addr)]))
 		defer func() { check(t, w.a.Unforward(a.Addr)) }()
 		w.expectServer(ofA, w.a)
