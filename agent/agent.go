@@ -23,6 +23,7 @@ import (
 	"github.com/hamesh/hamesh/agent/config"
 	tlsfiles "github.com/hamesh/hamesh/agent/credentials"
 	"github.com/hamesh/hamesh/agent/guard"
+	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/peer"
@@ -116,6 +117,7 @@ type Agent struct {
 	noCarrier map[string]bool // interfaces known to have none
 
 	silent   chan map[string]ownership.Instant // the newest, for the services
+	proven   sync.Map                          // member → ownership.Instant: see machineLives
 	stopped  chan struct{}                     // closed when everything has been handed over
 	stopOnce sync.Once
 	changes  chan ownership.Change
@@ -295,7 +297,8 @@ func (a *Agent) openMesh() (err error) {
 		a.links[m.Name] = peer.New(peer.Config{
 			Name: m.Name, Address: netip.AddrPortFrom(m.Address, a.cfg.API.Port), Credentials: client(m.Name),
 			Silence: max(10*a.cfg.Timing.Heartbeat, time.Second), Log: a.log.Named("peer"),
-			OnAck: func(ack *hameshv1.ExchangeResponse, took time.Duration) { a.acked(m.Name, ack, took) },
+			OnAck:     func(ack *hameshv1.ExchangeResponse, took time.Duration) { a.acked(m.Name, ack, took) },
+			OnRefused: func() { a.machineLives(m.Name) },
 		})
 	}
 	control := struct {
@@ -631,9 +634,13 @@ func (a *Agent) fellSilent(silent map[string]ownership.Instant) {
 	a.silent <- silent // only the loop puts something in, so there is room
 }
 
+// machineLives takes a proof that a member's machine lives now, other than its agent's word:
+// no connection to an API server is to end because an agent is stopped, killed or restarted.
+func (a *Agent) machineLives(member string) { a.proven.Store(member, now()) }
+
 // watchDeaths takes the backends of members that fell silent out, at the moment at which
-// ownership gives them up. An agent that goes on in another one's place first has to hear
-// the members: what that one knew of them counts until then.
+// ownership gives them up, unless the agent alone is silent. An agent that goes on in another
+// one's place first has to hear the members: what that one knew of them counts until then.
 func (a *Agent) watchDeaths(ctx context.Context) error {
 	var heardSoon <-chan time.Time
 	if a.inheritance != nil {
@@ -648,13 +655,15 @@ func (a *Agent) watchDeaths(ctx context.Context) error {
 		case <-heardSoon:
 			heardSoon = nil
 		}
-		dead := make(map[string]time.Duration, len(silent))
+		dead := make(map[string]health.Silence, len(silent))
 		lost := make(map[string]bool, len(silent))
 		for member, at := range silent {
 			if at == 0 && heardSoon != nil {
 				continue
 			}
-			dead[member], lost[member] = time.Duration(at), true
+			proven, _ := a.proven.Load(member)
+			lived, _ := proven.(ownership.Instant) // never: at 0
+			dead[member], lost[member] = health.Silence{Heard: time.Duration(at), Proven: time.Duration(lived)}, true
 		}
 		a.board.mu.Lock()
 		a.board.silent = lost

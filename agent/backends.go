@@ -232,8 +232,8 @@ func (s *service) hear(member string, all []*hameshv1.BackendReport) {
 	})
 }
 
-// setDead says which members have been given up, with when they were last heard.
-func (s *service) setDead(dead map[string]time.Duration) {
+// setDead says which members have been given up.
+func (s *service) setDead(dead map[string]health.Silence) {
 	s.update(func(time.Duration) { s.view.SetDead(dead) })
 }
 

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -176,6 +177,29 @@ func TestRelay(t *testing.T) {
 		}
 		healthy(t, m)
 	})
+
+	for what, end := range map[string]func(*lab.Node) error{"agent killed": (*lab.Node).KillAgent, "agent stopped": (*lab.Node).StopAgent} {
+		t.Run(what, func(t *testing.T) {
+			// Its API server is well: nobody loses a connection to it.
+			owner := owner(t, m)
+			victim := m.Nodes[slices.IndexFunc(m.Nodes, func(n *lab.Node) bool { return n != owner })]
+			s := observe(t, m, victim, func() error { return end(victim) }, 2*time.Second)
+			for _, sample := range s.samples {
+				if sample.Kind == lab.Broken && sample.End.After(s.from) {
+					t.Errorf("%v after the fault a stream of %s broke: %s", sample.End.Sub(s.from), sample.Backend, sample.Error)
+				}
+			}
+			slowest, failed := s.slowest(s.from, time.Now(), anybody)
+			within(t, "slowest new connection", slowest, meanwhile)
+			if len(failed) > 0 {
+				t.Errorf("new connections failed: %v", failed)
+			}
+			if err := victim.StartAgent(); err != nil {
+				t.Fatal(err)
+			}
+			healthy(t, m)
+		})
+	}
 
 	t.Run("not ready", func(t *testing.T) {
 		s := observe(t, m, victim, victim.API.Sick, unreadyWithin+2*time.Second)

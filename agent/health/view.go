@@ -58,7 +58,7 @@ type View struct {
 	cfg    Config
 	own    map[string]own
 	heard  map[string]heard
-	dead   map[string]time.Duration
+	dead   map[string]Silence
 	orders map[string]Order
 }
 
@@ -82,7 +82,7 @@ func NewView(cfg Config) *View {
 		cfg:    cfg,
 		own:    map[string]own{},
 		heard:  map[string]heard{},
-		dead:   map[string]time.Duration{},
+		dead:   map[string]Silence{},
 		orders: map[string]Order{},
 	}
 }
@@ -120,10 +120,18 @@ func (v *View) Hear(now time.Duration, member string, reports []Report) {
 	v.heard[member] = h
 }
 
-// SetDead says which members are dead now, each with the time it was last heard.
-// A successful check of a backend begun after that time proves that its node lives and
-// only the agent is silent; the backend then is not down for it.
-func (v *View) SetDead(lastHeard map[string]time.Duration) { v.dead = maps.Clone(lastHeard) }
+// Silence is when a dead member was last heard.
+type Silence struct {
+	Heard time.Duration
+	// Proven is when something other than the agent's word and checks proved last that the
+	// member's node lived.
+	Proven time.Duration
+}
+
+// SetDead says which members are dead now. A proof after its agent's last word that a node
+// lives, which a successful check begun since then is too, keeps its backends from being down
+// for that, until a check fails.
+func (v *View) SetDead(silent map[string]Silence) { v.dead = maps.Clone(silent) }
 
 // SetOrder takes an operator's order for a backend, in place of the one before.
 func (v *View) SetOrder(backend string, order Order) { v.orders[backend] = order }
@@ -165,7 +173,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 // words do not, since their failed checks may be due to their own network.
 func (v *View) judge(now time.Duration, b Backend) (State, string) {
 	o := v.own[b.Name]
-	if last, dead := v.dead[b.Node]; dead && b.Node != v.cfg.Self && (o.proof <= last || !o.last.OK) {
+	if s, dead := v.dead[b.Node]; dead && b.Node != v.cfg.Self && (max(o.proof, s.Proven) <= s.Heard || !o.last.OK) {
 		return Down, "node " + b.Node + " is down"
 	}
 	if o.last.State == Down {

@@ -69,24 +69,37 @@ func TestView(t *testing.T) {
 		}, s, "up:  [cp-1 cp-4]"},
 		{"dead node", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]time.Duration{"cp-2": s + 1})
+			v.SetDead(map[string]Silence{"cp-2": {Heard: s + 1}})
 		}, 2 * s, "down: node cp-2 is down [cp-1]"},
 		{"dead node, check begun before its last word", func(v *View) {
 			v.Observe(2*s, "b", up(s))
-			v.SetDead(map[string]time.Duration{"cp-2": s + 1})
+			v.SetDead(map[string]Silence{"cp-2": {Heard: s + 1}})
 		}, 2 * s, "down: node cp-2 is down [cp-1]"},
 		{"silent agent, node proven alive", func(v *View) {
 			v.Observe(2*s, "b", up(time.Millisecond))
-			v.SetDead(map[string]time.Duration{"cp-2": s})
+			v.SetDead(map[string]Silence{"cp-2": {Heard: s}})
 		}, 2 * s, "up:  [cp-1]"},
+		{"silent agent, node proven alive otherwise", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2*s + 1}})
+		}, 3 * s, "up:  [cp-1]"},
+		{"the proof is older than its last word", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2 * s}})
+		}, 3 * s, "down: node cp-2 is down [cp-1]"},
+		{"node proven alive, its API server does not answer", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2*s + 1}})
+			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
+		}, 3 * s, "down: node cp-2 is down [cp-1]"},
 		{"silent agent, then the node dies too", func(v *View) {
 			v.Observe(2*s, "b", up(time.Millisecond))
-			v.SetDead(map[string]time.Duration{"cp-2": s})
+			v.SetDead(map[string]Silence{"cp-2": {Heard: s}})
 			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
 		}, 3 * s, "down: node cp-2 is down [cp-1]"},
 		{"the node is back", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s}})
 			v.SetDead(nil)
 		}, 3 * s, "up:  [cp-1]"},
 		{"draining", func(v *View) {
@@ -125,7 +138,7 @@ func TestViewOfOwnNode(t *testing.T) {
 	v := newView()
 	v.Observe(time.Second, "a", up(0))
 	v.Hear(time.Second, "cp-1", []Report{{"a", Down, "HTTP 503"}})
-	v.SetDead(map[string]time.Duration{"cp-1": 2 * time.Second})
+	v.SetDead(map[string]Silence{"cp-1": {Heard: 2 * time.Second}})
 	if s := v.Backends(time.Second)[0]; s.State != Up || strings.Join(s.SeenUpBy, " ") != "cp-1" {
 		t.Errorf("got %+v, want up, seen by cp-1", s)
 	}

@@ -2,12 +2,14 @@ package peer
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -45,7 +47,10 @@ type Config struct {
 	// OnAck gets each ack with the time its heartbeat took there and back. It is called
 	// by one goroutine at a time.
 	OnAck func(ack *hameshv1.ExchangeResponse, took time.Duration)
-	Log   hclog.Logger
+	// OnRefused is called when the member's kernel answers that nobody listens: its machine
+	// lives, its agent does not.
+	OnRefused func()
+	Log       hclog.Logger
 }
 
 // Link carries heartbeats to one member. Its methods may be called by several
@@ -146,7 +151,11 @@ func (l *Link) session(ctx context.Context) (acked bool, err error) {
 	conn, err := grpc.NewClient("passthrough:///"+l.cfg.Address.String(),
 		grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "tcp", address)
+			c, err := dialer.DialContext(ctx, "tcp", address)
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				l.cfg.OnRefused()
+			}
+			return c, err
 		}),
 		// To find the best window gRPC sends a ping along with what it receives, which
 		// doubles the packets of heartbeats.
