@@ -245,14 +245,18 @@ func (s *service) update(change func(at time.Duration)) {
 	change(at)
 	statuses := s.view.Backends(at)
 	moved := !slices.EqualFunc(statuses, s.statuses, func(a, b health.Status) bool {
-		return a.Backend == b.Backend && a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy)
+		return a.Backend == b.Backend && a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy) && a.Unheard == b.Unheard
 	})
 	told := !slices.Equal(own, s.view.Own())
 	if moved {
+		var warm []string
 		for _, st := range statuses {
 			i := slices.IndexFunc(s.statuses, func(was health.Status) bool { return was.Backend == st.Backend })
 			if i >= 0 && s.statuses[i].State != st.State {
 				s.log.Info("backend is "+st.State.String(), "backend", st.Backend, "reason", st.Reason)
+				if s.statuses[i].Unheard {
+					warm = append(warm, st.Backend)
+				}
 			}
 		}
 		s.statuses = statuses
@@ -260,7 +264,7 @@ func (s *service) update(change func(at time.Duration)) {
 		for _, st := range statuses {
 			states[st.Backend] = st.State
 		}
-		s.proxy.SetBackends(states)
+		s.proxy.SetBackends(states, warm...)
 	}
 	s.report()
 	s.mu.Unlock()

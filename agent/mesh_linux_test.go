@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -496,6 +497,62 @@ func TestSickBackends(t *testing.T) {
 			}
 			healthy(t, m)
 		})
+	}
+}
+
+// TestUnheardNode checks that an API server whose node was not heard for a moment, and which was
+// well all the time, has its clients back at once.
+func TestUnheardNode(t *testing.T) {
+	// A check of its API server that is begun while it is silent would prove that the node lives.
+	seldom := func(_ string, config map[string]any) {
+		config["proxies"].([]any)[0].(map[string]any)["healthCheck"].(map[string]any)["interval"] = "30s"
+	}
+	m := newMesh(t, lab.Options{Clients: 60, Edit: seldom})
+	owner := owner(t, m)
+	healthy(t, m)
+	victim := m.Nodes[slices.IndexFunc(m.Nodes, func(n *lab.Node) bool { return n != owner })]
+	is := func(want hameshv1.BackendState) func() error {
+		return func() error {
+			s, err := owner.Status()
+			if err != nil {
+				return err
+			}
+			for _, b := range s.GetBackends() {
+				if b.GetName() == victim.Name && b.GetState() != want {
+					return fmt.Errorf("%s says that %s is %v: %s", owner.Name, b.GetName(), b.GetState(), b.GetReason())
+				}
+			}
+			return nil
+		}
+	}
+	served := func() map[netip.Addr][]string {
+		from := time.Now()
+		run := load(t, m, lab.Load{Rate: 100})
+		if err := lab.Await(20*time.Second, func() error {
+			if all := lab.Summarize(run.Samples(), from, time.Now()).BySource; len(all) < len(m.Client.Sources) {
+				return fmt.Errorf("%d clients have had an answer", len(all))
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return stop(t, run, from).BySource
+	}
+	before := served()
+	if err := victim.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	err := lab.Await(5*time.Second, is(hameshv1.BackendState_BACKEND_STATE_DOWN))
+	if err := errors.Join(err, victim.Thaw()); err != nil {
+		t.Fatal(err)
+	}
+	if err := lab.Await(10*time.Second, is(hameshv1.BackendState_BACKEND_STATE_UP)); err != nil {
+		t.Fatal(err)
+	}
+	for source, backends := range served() {
+		if !slices.Equal(backends, before[source]) {
+			t.Errorf("client %v of %v went to %v", source, before[source], backends)
+		}
 	}
 }
 

@@ -41,6 +41,8 @@ type Status struct {
 	State    State    // Up, Down, Draining or Disabled
 	Reason   string   // why it is not up, for people
 	SeenUpBy []string // the members whose own checks see it up, sorted
+	// Unheard: it is down for its node's silence alone; the API server itself has done nothing.
+	Unheard bool
 }
 
 // Config says what a View looks at.
@@ -165,6 +167,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 	case order == Drain && s.State == Up: // what is down serves nobody, whatever was ordered
 		s.State, s.Reason = Draining, "by an operator's order"
 	}
+	s.Unheard = s.State == Down && v.lost(b) && v.own[b.Name].last.OK
 	return s
 }
 
@@ -173,7 +176,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 // words do not, since their failed checks may be due to their own network.
 func (v *View) judge(now time.Duration, b Backend) (State, string) {
 	o := v.own[b.Name]
-	if s, dead := v.dead[b.Node]; dead && b.Node != v.cfg.Self && (max(o.proof, s.Proven) <= s.Heard || !o.last.OK) {
+	if v.lost(b) {
 		return Down, "node " + b.Node + " is down"
 	}
 	if o.last.State == Down {
@@ -189,6 +192,13 @@ func (v *View) judge(now time.Duration, b Backend) (State, string) {
 		return Down, o.reason
 	}
 	return Down, "not checked yet"
+}
+
+// lost reports whether a backend is down with its node.
+func (v *View) lost(b Backend) bool {
+	o := v.own[b.Name]
+	s, dead := v.dead[b.Node]
+	return dead && b.Node != v.cfg.Self && (max(o.proof, s.Proven) <= s.Heard || !o.last.OK)
 }
 
 // report returns what another member says about a backend; zero: nothing that counts.

@@ -83,7 +83,7 @@ func TestView(t *testing.T) {
 			v.Observe(s, "b", up(0))
 			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2*s + 1}})
 		}, 3 * s, "up:  [cp-1]"},
-		{"the proof is older than its last word", func(v *View) {
+		{"dead node, proven alive before its last word", func(v *View) {
 			v.Observe(s, "b", up(0))
 			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2 * s}})
 		}, 3 * s, "down: node cp-2 is down [cp-1]"},
@@ -127,6 +127,9 @@ func TestView(t *testing.T) {
 			s := v.Backends(tt.at)[1]
 			if got := fmt.Sprintf("%v: %s %v", s.State, s.Reason, s.SeenUpBy); got != tt.want {
 				t.Errorf("got  %s\nwant %s", got, tt.want)
+			}
+			if unheard := strings.HasPrefix(tt.name, "dead node"); s.Unheard != unheard {
+				t.Errorf("down for its node's silence alone: %v, want %v", s.Unheard, unheard)
 			}
 		})
 	}

@@ -78,14 +78,15 @@ func (b *backend) ramp(now, slowStart time.Duration) float64 {
 // New connections go to backends that are Up. Where none is Up or none of those accepts,
 // they go to Draining ones, then Unknown, then Down ones: an attempt is better than a
 // refusal. Disabled backends get none. A backend that was Up before, then Down or Disabled,
-// and becomes Up beside others gets its clients back over Config.SlowStart.
+// and becomes Up beside others gets its clients back over Config.SlowStart, unless it is
+// named as warm: it has been Down for something else's fault.
 //
 // Connections to a backend that becomes Disabled are reset at once; those to one that
 // becomes Down are gather later, with OnDownClose, if another one is Up or Draining then. If
 // none is, their clients would only come back to servers that are in trouble already: they
 // keep what they have until reprieve after the next one is. Connections to one that
 // becomes Draining, or Down with OnDownDrain, are reset after Config.DrainTimeout.
-func (p *Proxy) SetBackends(states map[string]health.State) {
+func (p *Proxy) SetBackends(states map[string]health.State, warm ...string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	up, refuge := p.countUp(), p.refuge()
@@ -100,7 +101,7 @@ func (p *Proxy) SetBackends(states map[string]health.State) {
 		if state == health.Up {
 			b.shunned.Store(0)
 			b.muted.Store(0)
-			if up > 0 && b.wasUp && (was == health.Down || was == health.Disabled) {
+			if up > 0 && b.wasUp && (was == health.Down || was == health.Disabled) && !slices.Contains(warm, b.Name) {
 				b.rising.Store(int64(time.Since(origin)))
 			}
 			b.wasUp = true
