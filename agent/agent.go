@@ -23,7 +23,6 @@ import (
 	"github.com/hamesh/hamesh/agent/config"
 	tlsfiles "github.com/hamesh/hamesh/agent/credentials"
 	"github.com/hamesh/hamesh/agent/guard"
-	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/peer"
@@ -117,7 +116,6 @@ type Agent struct {
 	noCarrier map[string]bool // interfaces known to have none
 
 	silent   chan map[string]ownership.Instant // the newest, for the services
-	proven   sync.Map                          // member → ownership.Instant: see machineLives
 	stopped  chan struct{}                     // closed when everything has been handed over
 	stopOnce sync.Once
 	changes  chan ownership.Change
@@ -636,7 +634,11 @@ func (a *Agent) fellSilent(silent map[string]ownership.Instant) {
 
 // machineLives takes a proof that a member's machine lives now, other than its agent's word:
 // no connection to an API server is to end because an agent is stopped, killed or restarted.
-func (a *Agent) machineLives(member string) { a.proven.Store(member, now()) }
+func (a *Agent) machineLives(member string) {
+	for _, s := range a.services {
+		s.nodeLives(member)
+	}
+}
 
 // watchDeaths takes the backends of members that fell silent out, at the moment at which
 // ownership gives them up, unless the agent alone is silent. An agent that goes on in another
@@ -655,15 +657,13 @@ func (a *Agent) watchDeaths(ctx context.Context) error {
 		case <-heardSoon:
 			heardSoon = nil
 		}
-		dead := make(map[string]health.Silence, len(silent))
+		dead := make(map[string]time.Duration, len(silent))
 		lost := make(map[string]bool, len(silent))
 		for member, at := range silent {
 			if at == 0 && heardSoon != nil {
 				continue
 			}
-			proven, _ := a.proven.Load(member)
-			lived, _ := proven.(ownership.Instant) // never: at 0
-			dead[member], lost[member] = health.Silence{Heard: time.Duration(at), Proven: time.Duration(lived)}, true
+			dead[member], lost[member] = time.Duration(at), true
 		}
 		a.board.mu.Lock()
 		a.board.silent = lost

@@ -232,9 +232,15 @@ func (s *service) hear(member string, all []*hameshv1.BackendReport) {
 	})
 }
 
-// setDead says which members have been given up.
-func (s *service) setDead(dead map[string]health.Silence) {
+// setDead says which members have been given up, with when they were last heard.
+func (s *service) setDead(dead map[string]time.Duration) {
 	s.update(func(time.Duration) { s.view.SetDead(dead) })
+}
+
+// nodeLives takes a proof that a member's machine lives now. Where it comes just after the
+// member was given up, connections have not been reset yet (proxy.SetBackends).
+func (s *service) nodeLives(member string) {
+	s.update(func(at time.Duration) { s.view.Prove(at, member) })
 }
 
 // update changes the view, and tells the proxy and the mesh what came of it.

@@ -13,8 +13,8 @@ import (
 // Withdrawn implements server.MeshPeer.
 func (a *Agent) Withdrawn(ctx context.Context, from string, word *hameshv1.WithdrawnRequest) error {
 	a.teller.withdrawn(from, word.GetBoot())
-	a.machineLives(from)
 	a.loop.post(ctx, ownership.Withdrawn{Member: from, Boot: word.GetBoot(), VIPs: word.GetVips()})
+	a.machineLives(from)
 	return ctx.Err() // it may have been dropped
 }
 

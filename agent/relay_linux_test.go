@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -184,6 +185,9 @@ func TestRelay(t *testing.T) {
 			owner := owner(t, m)
 			victim := m.Nodes[slices.IndexFunc(m.Nodes, func(n *lab.Node) bool { return n != owner })]
 			s := observe(t, m, victim, func() error { return end(victim) }, 2*time.Second)
+			if !slices.Contains(slices.Collect(maps.Values(s.streams)), victim.Name) {
+				t.Error("it serves nobody")
+			}
 			for _, sample := range s.samples {
 				if sample.Kind == lab.Broken && sample.End.After(s.from) {
 					t.Errorf("%v after the fault a stream of %s broke: %s", sample.End.Sub(s.from), sample.Backend, sample.Error)

@@ -60,7 +60,8 @@ type View struct {
 	cfg    Config
 	own    map[string]own
 	heard  map[string]heard
-	dead   map[string]Silence
+	dead   map[string]time.Duration // when each was last heard
+	proven map[string]time.Duration
 	orders map[string]Order
 }
 
@@ -84,7 +85,8 @@ func NewView(cfg Config) *View {
 		cfg:    cfg,
 		own:    map[string]own{},
 		heard:  map[string]heard{},
-		dead:   map[string]Silence{},
+		dead:   map[string]time.Duration{},
+		proven: map[string]time.Duration{},
 		orders: map[string]Order{},
 	}
 }
@@ -122,18 +124,14 @@ func (v *View) Hear(now time.Duration, member string, reports []Report) {
 	v.heard[member] = h
 }
 
-// Silence is when a dead member was last heard.
-type Silence struct {
-	Heard time.Duration
-	// Proven is when something other than the agent's word and checks proved last that the
-	// member's node lived.
-	Proven time.Duration
-}
+// SetDead says which members are dead now, each with the time it was last heard. A backend on
+// its node is down then, unless something has proved since that the node lives and only the
+// agent is silent: a successful check that was begun later, or Prove.
+func (v *View) SetDead(lastHeard map[string]time.Duration) { v.dead = maps.Clone(lastHeard) }
 
-// SetDead says which members are dead now. A proof after its agent's last word that a node
-// lives, which a successful check begun since then is too, keeps its backends from being down
-// for that, until a check fails.
-func (v *View) SetDead(silent map[string]Silence) { v.dead = maps.Clone(silent) }
+// Prove takes a proof that a member's node lives now, which is neither its agent's word nor a
+// check.
+func (v *View) Prove(now time.Duration, member string) { v.proven[member] = now }
 
 // SetOrder takes an operator's order for a backend, in place of the one before.
 func (v *View) SetOrder(backend string, order Order) { v.orders[backend] = order }
@@ -167,7 +165,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 	case order == Drain && s.State == Up: // what is down serves nobody, whatever was ordered
 		s.State, s.Reason = Draining, "by an operator's order"
 	}
-	s.Unheard = s.State == Down && v.lost(b) && v.own[b.Name].last.OK
+	s.Unheard = s.State == Down && v.lost(now, b) && v.unheard(b)
 	return s
 }
 
@@ -176,7 +174,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 // words do not, since their failed checks may be due to their own network.
 func (v *View) judge(now time.Duration, b Backend) (State, string) {
 	o := v.own[b.Name]
-	if v.lost(b) {
+	if v.lost(now, b) {
 		return Down, "node " + b.Node + " is down"
 	}
 	if o.last.State == Down {
@@ -194,11 +192,24 @@ func (v *View) judge(now time.Duration, b Backend) (State, string) {
 	return Down, "not checked yet"
 }
 
+// renewed is for how long a failed check does not make a node that was proven to live a dead
+// one: who lives refuses links several times in that time.
+const renewed = 500 * time.Millisecond
+
 // lost reports whether a backend is down with its node.
-func (v *View) lost(b Backend) bool {
+func (v *View) lost(now time.Duration, b Backend) bool {
+	heard, dead := v.dead[b.Node]
+	if !dead || b.Node == v.cfg.Self {
+		return false
+	}
+	o, proven := v.own[b.Name], v.proven[b.Node]
+	return max(o.proof, proven) <= heard || (!o.last.OK && now-proven > renewed)
+}
+
+// unheard reports whether nothing at all speaks against a backend that is lost.
+func (v *View) unheard(b Backend) bool {
 	o := v.own[b.Name]
-	s, dead := v.dead[b.Node]
-	return dead && b.Node != v.cfg.Self && (max(o.proof, s.Proven) <= s.Heard || !o.last.OK)
+	return o.last.OK && o.last.State == Up && v.heard[b.Node].reports[b.Name].State != Down
 }
 
 // report returns what another member says about a backend; zero: nothing that counts.

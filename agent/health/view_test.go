@@ -69,37 +69,71 @@ func TestView(t *testing.T) {
 		}, s, "up:  [cp-1 cp-4]"},
 		{"dead node", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: s + 1}})
+			v.SetDead(map[string]time.Duration{"cp-2": s + 1})
 		}, 2 * s, "down: node cp-2 is down [cp-1]"},
 		{"dead node, check begun before its last word", func(v *View) {
 			v.Observe(2*s, "b", up(s))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: s + 1}})
+			v.SetDead(map[string]time.Duration{"cp-2": s + 1})
 		}, 2 * s, "down: node cp-2 is down [cp-1]"},
 		{"silent agent, node proven alive", func(v *View) {
 			v.Observe(2*s, "b", up(time.Millisecond))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: s}})
+			v.SetDead(map[string]time.Duration{"cp-2": s})
 		}, 2 * s, "up:  [cp-1]"},
 		{"silent agent, node proven alive otherwise", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2*s + 1}})
-		}, 3 * s, "up:  [cp-1]"},
+			v.Prove(2*s+1, "cp-2")
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+		}, 9 * s, "up:  [cp-1]"},
+		{"the same, later", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+			v.Prove(3*s, "cp-2")
+		}, 9 * s, "up:  [cp-1]"},
 		{"dead node, proven alive before its last word", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2 * s}})
+			v.Prove(2*s, "cp-2")
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
 		}, 3 * s, "down: node cp-2 is down [cp-1]"},
-		{"node proven alive, its API server does not answer", func(v *View) {
+		{"dead node, another one proven alive", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s, Proven: 2*s + 1}})
-			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
+			v.Prove(3*s, "cp-3")
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
 		}, 3 * s, "down: node cp-2 is down [cp-1]"},
+		{"node proven alive, one failed check", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
+			v.Prove(3*s-s/4, "cp-2")
+		}, 3*s + s/4, "up:  [cp-1]"},
+		{"node proven alive, its API server down", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+			v.Prove(3*s, "cp-2")
+			v.Observe(3*s, "b", down("HTTP 503"))
+		}, 3 * s, "down: HTTP 503 []"},
+		{"node proven alive, then it dies too", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+			v.Prove(3*s, "cp-2")
+			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
+		}, 3*s + renewed + 1, "down: node cp-2 is down [cp-1]"},
+		{"its node said that it is down, and fell silent", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+			v.SetDead(map[string]time.Duration{"cp-2": s})
+		}, s + fresh + 1, "down: node cp-2 is down [cp-1]"},
+		{"it began to recover, and its node fell silent", func(v *View) {
+			v.Observe(s, "b", Result{OK: true, State: Down})
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+		}, 3 * s, "down: node cp-2 is down []"},
 		{"silent agent, then the node dies too", func(v *View) {
 			v.Observe(2*s, "b", up(time.Millisecond))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: s}})
+			v.SetDead(map[string]time.Duration{"cp-2": s})
 			v.Observe(3*s, "b", Result{Reason: "timeout after 400ms", State: Up})
 		}, 3 * s, "down: node cp-2 is down [cp-1]"},
 		{"the node is back", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.SetDead(map[string]Silence{"cp-2": {Heard: 2 * s}})
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
 			v.SetDead(nil)
 		}, 3 * s, "up:  [cp-1]"},
 		{"draining", func(v *View) {
@@ -141,7 +175,7 @@ func TestViewOfOwnNode(t *testing.T) {
 	v := newView()
 	v.Observe(time.Second, "a", up(0))
 	v.Hear(time.Second, "cp-1", []Report{{"a", Down, "HTTP 503"}})
-	v.SetDead(map[string]Silence{"cp-1": {Heard: 2 * time.Second}})
+	v.SetDead(map[string]time.Duration{"cp-1": 2 * time.Second})
 	if s := v.Backends(time.Second)[0]; s.State != Up || strings.Join(s.SeenUpBy, " ") != "cp-1" {
 		t.Errorf("got %+v, want up, seen by cp-1", s)
 	}

@@ -61,7 +61,7 @@ func (b *backend) avoided(now time.Duration) bool {
 // ramp returns which share of its clients a backend gets as yet.
 func (b *backend) ramp(now, slowStart time.Duration) float64 {
 	since := time.Duration(b.rising.Load())
-	if since == 0 || slowStart <= 0 {
+	if since == 0 || slowStart <= 0 || b.State() != health.Up {
 		return 1
 	}
 	if now >= since+slowStart {
@@ -79,7 +79,7 @@ func (b *backend) ramp(now, slowStart time.Duration) float64 {
 // they go to Draining ones, then Unknown, then Down ones: an attempt is better than a
 // refusal. Disabled backends get none. A backend that was Up before, then Down or Disabled,
 // and becomes Up beside others gets its clients back over Config.SlowStart, unless it is
-// named as warm: it has been Down for something else's fault.
+// named as warm: it was well while it was Down, and is where it was before.
 //
 // Connections to a backend that becomes Disabled are reset at once; those to one that
 // becomes Down are gather later, with OnDownClose, if another one is Up or Draining then. If
@@ -97,12 +97,15 @@ func (p *Proxy) SetBackends(states map[string]health.State, warm ...string) {
 			continue
 		}
 		p.letLive(b)
-		b.rising.Store(0)
 		if state == health.Up {
 			b.shunned.Store(0)
 			b.muted.Store(0)
-			if up > 0 && b.wasUp && (was == health.Down || was == health.Disabled) && !slices.Contains(warm, b.Name) {
+			switch {
+			case slices.Contains(warm, b.Name):
+			case up > 0 && b.wasUp && (was == health.Down || was == health.Disabled):
 				b.rising.Store(int64(time.Since(origin)))
+			default:
+				b.rising.Store(0)
 			}
 			b.wasUp = true
 		}
