@@ -296,6 +296,7 @@ func (a *Agent) openMesh() (err error) {
 			Name: m.Name, Address: netip.AddrPortFrom(m.Address, a.cfg.API.Port), Credentials: client(m.Name),
 			Silence: max(10*a.cfg.Timing.Heartbeat, time.Second), Log: a.log.Named("peer"),
 			OnAck:     func(ack *hameshv1.ExchangeResponse, took time.Duration) { a.acked(m.Name, ack, took) },
+			OnLinked:  func() { a.store.PathBack(m.Address) },
 			OnRefused: func() { a.machineLives(m.Name) },
 		})
 	}
@@ -360,6 +361,7 @@ func (a *Agent) Run(ctx context.Context) (*Inheritance, error) {
 		cancel(err)
 		return nil, errors.Join(err, a.group.Wait(), a.store.Close())
 	}
+	a.watchFlows()
 	a.clean = false
 	a.beatAt.Store(time.Now().UnixNano())
 	a.start()
@@ -412,7 +414,7 @@ func (a *Agent) start() {
 		a.task("flows", a.flows.run)
 	}
 	for member, l := range a.links {
-		a.task("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l.Mesh) })
+		a.task("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l) })
 		a.task("events of "+member, func(ctx context.Context) error { return a.events.follow(ctx, member, l) })
 	}
 	for _, s := range a.services {

@@ -8,24 +8,31 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/hamesh/hamesh/agent/handover"
+	"github.com/hamesh/hamesh/agent/peer"
+	"github.com/hamesh/hamesh/agent/proxy"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
 const (
-	// flowsLook is how often this node's connections are looked at for those who may have
-	// to tell their clients. A connection that is younger is a busy one, and notices.
-	flowsLook = 500 * time.Millisecond
-	// flowsMost bounds what is shared of one proxy and VIP: a few megabytes at the others.
-	flowsMost = 50_000
+	// flowsPace is the least time between two accounts of connections that come: a busy
+	// proxy accepts dozens in it. The first one after a pause is told at once.
+	flowsPace = 2 * time.Millisecond
+	// flowsIdle is how long it may take until others hear that a connection has gone, where
+	// none comes. One that is told of in vain costs two packets.
+	flowsIdle = 500 * time.Millisecond
+	// flowsMost bounds what a member keeps of another one's proxy and VIP: more than a proxy
+	// has descriptors for, see shareFiles.
+	flowsMost = 1 << 20
 	// flowsChunk is how many clients one message names at most.
 	flowsChunk = 4096
-	// flowsBehind is how many messages a member may be behind before it is told all anew.
-	flowsBehind = 64
+	// flowsAgain is the pause before a stream that broke is opened again.
+	flowsAgain = 20 * time.Millisecond
 	// flowsBereaved is how long after a death its clients may still be told: whoever waits
 	// for longer has noticed by its own keep-alive or has gone, and a VIP that comes here
 	// days later would bring segments of nothing to machines that know nothing of it.
@@ -51,26 +58,40 @@ type clients map[netip.AddrPort]struct{}
 // here now. They would otherwise wait for an answer that nobody will send; an idle watch
 // of the API server does so for half a minute or more.
 type flows struct {
-	self   string
-	boot   uint64
-	vips   map[string]netip.Addr
-	list   func(port uint16, local netip.Addr) []netip.AddrPort
-	count  func() uint64 // differs whenever a list may
+	self string
+	boot uint64
+	vips map[string]netip.Addr
+	// take returns which connections of a proxy have come and gone, and what to call when
+	// the others have been told; nil: nothing.
+	take   map[uint16]func() ([]proxy.Flow, func())
 	silent func(member string) bool
 	tell   func(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) error
 	ports  []uint16
 	log    hclog.Logger
 
+	news   chan struct{} // one token: connections have come
+	paused time.Time     // until when they wait for more; run's own
+	wake   chan struct{} // one token: somebody may have to be told
+
 	mu     sync.Mutex
-	mine   map[through]clients    // written by run alone; no set in it is changed
+	mine   map[through]clients
 	theirs map[string]*theirFlows // by member
 	past   map[string]*theirFlows // those of the boot before
-	links  map[chan *hameshv1.ShareFlowsRequest]struct{}
-	wake   chan struct{} // one token: somebody may have to be told
+	links  map[*flowLink]struct{}
 
 	// Of its own, and held for moments: the keeper takes it before it takes an address off.
 	takenMu sync.Mutex
 	taken   map[string]uint64 // VIP → generation of the hold by which this node has it
+}
+
+// flowLink is what one other member has not been told yet.
+type flowLink struct {
+	// pending are the changes of each client: whether it is connected. The first time it is
+	// everything, see anew.
+	pending map[through]map[netip.AddrPort]bool
+	anew    bool     // what was told before is void
+	told    []func() // to be called when it has been told
+	wake    chan struct{}
 }
 
 type theirFlows struct {
@@ -85,7 +106,8 @@ func newFlows(self string, boot uint64, vips map[string]netip.Addr, ports []uint
 	return &flows{
 		self: self, boot: boot, vips: vips, ports: ports, log: log, tell: handover.Tickle,
 		mine: map[through]clients{}, theirs: map[string]*theirFlows{}, past: map[string]*theirFlows{}, taken: map[string]uint64{},
-		links: map[chan *hameshv1.ShareFlowsRequest]struct{}{}, wake: make(chan struct{}, 1),
+		links: map[*flowLink]struct{}{}, wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
+		take: map[uint16]func() ([]proxy.Flow, func()){},
 	}
 }
 
@@ -100,23 +122,8 @@ func (a *Agent) openFlows(boot uint64) {
 		ports = append(ports, p.Port)
 	}
 	f := newFlows(a.cfg.Node.Name, boot, vips, ports, a.log.Named("flows"))
-	f.list = func(port uint16, local netip.Addr) (all []netip.AddrPort) {
-		for _, s := range a.services {
-			if s.cfg.Port == port {
-				all = s.proxy.Flows(local)
-			}
-		}
-		return all
-	}
-	f.count = func() (n uint64) {
-		for _, s := range a.services {
-			stats := s.proxy.Stats()
-			n += stats.Accepted
-			for _, ended := range stats.Ended {
-				n += ended
-			}
-		}
-		return n
+	for _, s := range a.services {
+		f.take[s.cfg.Port] = s.proxy.TakeFlows
 	}
 	f.silent = func(member string) bool {
 		a.board.mu.Lock()
@@ -126,14 +133,37 @@ func (a *Agent) openFlows(boot uint64) {
 	a.flows = f
 }
 
-// run looks at this node's connections, and tells the clients of the dead, until ctx ends.
+// watchFlows has the proxies say which connections come by the VIPs, and hold back new ones
+// until the other members know of them. Where there are none, nobody is told.
+func (a *Agent) watchFlows() {
+	if len(a.links) == 0 {
+		return
+	}
+	f := a.flows
+	vips := slices.Collect(maps.Values(f.vips))
+	mark := a.handing.holdBack()
+	for _, s := range a.services {
+		s.proxy.WatchFlows(proxy.FlowWatch{
+			Local: func(addr netip.Addr) bool { return slices.Contains(vips, addr) },
+			News:  func() { poke(f.news) },
+			Mark:  mark,
+		})
+	}
+}
+
+// run tells the others of this node's connections, and the clients of the dead, until ctx ends.
 func (f *flows) run(ctx context.Context) error {
-	tick := time.NewTicker(flowsLook)
+	tick := time.NewTicker(flowsIdle)
 	defer tick.Stop()
+	pace := time.NewTimer(0)
+	defer pace.Stop()
 	var group sync.WaitGroup
 	defer group.Wait()
-	last, looked := uint64(0), false
 	for {
+		news := f.news
+		if time.Until(f.paused) > 0 {
+			news = nil
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -141,47 +171,85 @@ func (f *flows) run(ctx context.Context) error {
 			for _, n := range f.bereaved() {
 				group.Go(func() { f.notify(ctx, n) })
 			}
+		case <-pace.C:
+		case <-news:
+			f.account()
+			f.paused = time.Now().Add(flowsPace)
+			pace.Reset(flowsPace)
 		case <-tick.C:
-			if n := f.count(); n != last || !looked {
-				last, looked = n, true
-				f.look()
-			}
+			f.account()
 		}
 	}
 }
 
-// look finds out what has changed and tells those who listen.
-func (f *flows) look() {
-	for vip, addr := range f.vips {
-		for _, port := range f.ports {
-			now := clients{}
-			for _, c := range f.list(port, addr) {
-				if len(now) == flowsMost {
-					break
-				}
-				now[c] = struct{}{}
-			}
-			f.changed(through{vip, port}, now)
+// account takes what has come and gone, and has it told.
+func (f *flows) account() {
+	for port, take := range f.take {
+		all, told := take()
+		if len(all) > 0 {
+			f.changed(port, all, told)
 		}
 	}
 }
 
-func (f *flows) changed(w through, now clients) {
-	before := f.mine[w]
-	changes := slices.Collect(f.messages(w, without(now, before), without(before, now)))
+// changed notes what has come and gone, and has it told; told is called when it has been.
+func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.mine[w] = now
-	for _, m := range changes {
-		for link := range f.links {
-			select {
-			case link <- m:
-			default: // it begins anew
-				delete(f.links, link)
-				close(link)
-			}
+	for _, c := range all {
+		w := through{f.vipAt(c.Local), port}
+		if f.mine[w] == nil {
+			f.mine[w] = clients{}
+		}
+		if c.Open {
+			f.mine[w][c.Client] = struct{}{}
+		} else {
+			delete(f.mine[w], c.Client)
+		}
+		for l := range f.links {
+			l.note(w, c.Client, c.Open)
 		}
 	}
+	if told != nil && len(f.links) == 0 {
+		told()
+		return
+	}
+	if told != nil {
+		told = lastOf(len(f.links), told)
+	}
+	for l := range f.links {
+		if told != nil {
+			l.told = append(l.told, told)
+		}
+		poke(l.wake)
+	}
+}
+
+// lastOf returns a function that calls f when it is called for the n-th time.
+func lastOf(n int, f func()) func() {
+	var left atomic.Int64
+	left.Store(int64(n))
+	return func() {
+		if left.Add(-1) == 0 {
+			f()
+		}
+	}
+}
+
+func (f *flows) vipAt(addr netip.Addr) string {
+	for vip, a := range f.vips {
+		if a == addr {
+			return vip
+		}
+	}
+	return ""
+}
+
+func (l *flowLink) note(w through, client netip.AddrPort, open bool) {
+	if l.pending[w] == nil {
+		l.pending[w] = map[netip.AddrPort]bool{}
+	}
+	l.pending[w][client] = open
 }
 
 func without(a, b clients) (rest []netip.AddrPort) {
@@ -235,17 +303,18 @@ func unpack(b []byte, like netip.Addr) iter.Seq[netip.AddrPort] {
 
 // share tells one member of this one's connections until ctx ends: all of them, and then
 // each change.
-func (f *flows) share(ctx context.Context, mesh func() (hameshv1.MeshServiceClient, bool)) error {
-	for ctx.Err() == nil {
-		if client, ok := mesh(); ok {
-			f.shareOnce(ctx, client)
+func (f *flows) share(ctx context.Context, link *peer.Link) error {
+	for {
+		client, ok := link.AwaitMesh(ctx)
+		if !ok {
+			return nil
 		}
+		f.shareOnce(ctx, client)
 		select {
 		case <-ctx.Done():
-		case <-time.After(flowsLook):
+		case <-time.After(flowsAgain):
 		}
 	}
-	return nil
 }
 
 func (f *flows) shareOnce(ctx context.Context, client hameshv1.MeshServiceClient) {
@@ -255,46 +324,86 @@ func (f *flows) shareOnce(ctx context.Context, client hameshv1.MeshServiceClient
 	if err != nil {
 		return // the link's own stream tells of that
 	}
-	all, changes := f.subscribe()
-	defer f.unsubscribe(changes)
-	for _, m := range all {
-		if stream.Send(m) != nil {
-			return
-		}
-	}
+	link := f.subscribe()
+	defer f.unsubscribe(link)
 	for {
 		select {
 		case <-stream.Context().Done():
 			return
-		case m, ok := <-changes:
-			if !ok || stream.Send(m) != nil {
-				return
+		case <-link.wake:
+		}
+		messages, told := f.untold(link)
+		for _, m := range messages {
+			if stream.Send(m) != nil {
+				messages = nil // nobody is told by this link any more; the others go on
+				break
+			}
+		}
+		for _, t := range told {
+			t()
+		}
+		if messages == nil {
+			return
+		}
+	}
+}
+
+// subscribe returns what is to be told to another member: everything at first.
+func (f *flows) subscribe() *flowLink {
+	l := &flowLink{pending: map[through]map[netip.AddrPort]bool{}, anew: true, wake: make(chan struct{}, 1)}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for w, all := range f.mine {
+		for c := range all {
+			l.note(w, c, true)
+		}
+	}
+	f.links[l] = struct{}{}
+	poke(l.wake)
+	return l
+}
+
+func (f *flows) unsubscribe(l *flowLink) {
+	f.mu.Lock()
+	told := l.told
+	l.told = nil
+	delete(f.links, l)
+	f.mu.Unlock()
+	for _, t := range told {
+		t()
+	}
+}
+
+// untold takes what a member has not been told yet, as messages that are not nil, and what
+// to call when they have been sent.
+func (f *flows) untold(l *flowLink) (all []*hameshv1.ShareFlowsRequest, told []func()) {
+	f.mu.Lock()
+	pending, anew := l.pending, l.anew
+	told = l.told
+	l.pending, l.anew, l.told = map[through]map[netip.AddrPort]bool{}, false, nil
+	f.mu.Unlock()
+	all = []*hameshv1.ShareFlowsRequest{}
+	if anew {
+		for vip := range f.vips {
+			for _, port := range f.ports {
+				m := f.message(through{vip, port})
+				m.Anew = true
+				all = append(all, m)
 			}
 		}
 	}
-}
-
-func (f *flows) subscribe() (all []*hameshv1.ShareFlowsRequest, changes chan *hameshv1.ShareFlowsRequest) {
-	changes = make(chan *hameshv1.ShareFlowsRequest, flowsBehind)
-	f.mu.Lock()
-	mine := maps.Clone(f.mine)
-	f.links[changes] = struct{}{}
-	f.mu.Unlock()
-	for vip := range f.vips {
-		for _, port := range f.ports {
-			w := through{vip, port}
-			anew := f.message(w)
-			anew.Anew = true
-			all = slices.AppendSeq(append(all, anew), f.messages(w, without(mine[w], nil), nil))
+	for w, changes := range pending {
+		var opened, closed []netip.AddrPort
+		for c, open := range changes {
+			if open {
+				opened = append(opened, c)
+			} else {
+				closed = append(closed, c)
+			}
 		}
+		all = slices.AppendSeq(all, f.messages(w, opened, closed))
 	}
-	return all, changes
-}
-
-func (f *flows) unsubscribe(changes chan *hameshv1.ShareFlowsRequest) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	delete(f.links, changes)
+	return all, told
 }
 
 // hear takes what another member says of its connections.

@@ -36,6 +36,8 @@ type drainer interface {
 	Unkeep(netip.Addr) error
 	Forward(addr netip.Addr, ports []uint16, to netip.Addr) error
 	Unforward(netip.Addr) error
+	HoldBack(ports []uint16) error
+	EndHoldBack() error
 	Established(addr netip.Addr, port uint16) (int, error)
 	Reset(netip.Addr) (int, error)
 }
@@ -334,6 +336,33 @@ func (h *handing) resume(vip string, d drain) {
 		}
 	}
 	v.since = time.Now().Add(trustWithin) // the members of the chain have to be heard first
+}
+
+// holdBack has the kernel acknowledge nothing on new connections through VIPs until their mark
+// is taken off, and returns that mark; 0: it cannot.
+func (h *handing) holdBack() uint32 {
+	if h.kernel == nil {
+		return 0
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.kernel.HoldBack(h.ports); err != nil {
+		h.log.Warn("new connections are acknowledged before the other members know of them", "error", err)
+		return 0
+	}
+	return handover.HeldMark
+}
+
+// endHoldBack ends that.
+func (h *handing) endHoldBack() {
+	if h.kernel == nil {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err := h.kernel.EndHoldBack(); err != nil {
+		h.log.Warn("could not end holding acknowledgements back", "error", err)
+	}
 }
 
 // openHanding connects to the kernel and sweeps, unless another agent's work goes on; a

@@ -22,6 +22,8 @@ func (idleKernel) Keep(netip.Addr) error                           { return nil 
 func (idleKernel) Unkeep(netip.Addr) error                         { return nil }
 func (idleKernel) Forward(netip.Addr, []uint16, netip.Addr) error  { return nil }
 func (idleKernel) Unforward(netip.Addr) error                      { return nil }
+func (idleKernel) HoldBack([]uint16) error                         { return nil }
+func (idleKernel) EndHoldBack() error                              { return nil }
 func (idleKernel) Established(netip.Addr, uint16) (n int, _ error) { return 0, nil }
 func (idleKernel) Reset(netip.Addr) (n int, _ error)               { return 0, nil }
 

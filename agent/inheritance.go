@@ -192,6 +192,7 @@ func (w provenance) fits(cfg *config.Config) error {
 
 // freeze stops the proxies and returns what they were.
 func (a *Agent) freeze() map[string]*relay {
+	a.handing.endHoldBack() // whoever goes on sets it up anew
 	relays := map[string]*relay{}
 	for _, s := range a.services {
 		s.mu.Lock()

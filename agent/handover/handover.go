@@ -51,6 +51,9 @@ type system interface {
 	// has the address; undeliver ends it.
 	deliver(addr netip.Addr) error
 	undeliver(addr netip.Addr) error
+	// holdBack keeps acknowledgements in that are sent from these addresses and ports by
+	// sockets that bear HeldMark; none: from nowhere. In one step for each family.
+	holdBack(addrs []Address, ports []uint16) error
 	// connections lists the TCP connections with that local address and port (0: any)
 	// on which data may still pass.
 	connections(addr netip.Addr, port uint16) ([]connection, error)
@@ -212,6 +215,27 @@ func (k *Kernel) change(addr netip.Addr, f func()) error {
 	}
 	return err
 }
+
+// HeldMark is the socket mark of connections that [Kernel.HoldBack] is about, by itself and
+// as a bit of a larger one. kube-proxy's marks have the bits 14 and 15, those of Cilium 8 to 11
+// and 16 to 31, those of Calico 16 to 31.
+const HeldMark = 1 << 13
+
+// HoldBack has this node send nothing but SYNs, FINs and resets on connections of the managed
+// addresses at one of the ports whose sockets bear HeldMark: so whoever accepts connections
+// there can have the kernel acknowledge nothing of what a client sends until the mark is taken
+// off. Its rules stay until EndHoldBack or Sweep.
+func (k *Kernel) HoldBack(ports []uint16) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.sys.holdBack(k.managed, ports); err != nil {
+		return fmt.Errorf("hold acknowledgements back: %w", err)
+	}
+	return nil
+}
+
+// EndHoldBack ends HoldBack.
+func (k *Kernel) EndHoldBack() error { return k.HoldBack(nil) }
 
 // Established returns how many TCP connections this node has whose local end is the VIP
 // and the port, from the first answer to a SYN until both sides have closed. Connections

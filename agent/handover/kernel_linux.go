@@ -21,6 +21,8 @@ const (
 	// tableName is the name of our tables, one each of families ip, ip6 and arp. They
 	// exist only while there is something in them.
 	tableName = "hamesh"
+	// holdName is that of the tables for holding back, which stay all the time.
+	holdName = "hamesh-hold"
 	// probeName is the table in which Open tries what this kernel can do; it exists within
 	// a transaction alone.
 	probeName = "hamesh-probe"
@@ -73,31 +75,38 @@ func openSockets() (*sockets, error) {
 		return nil, explain("nf_tables", err)
 	}
 	s := &sockets{tables: tables}
-	if s.routes, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+	if err := s.openDiag(); err != nil {
 		s.close()
-		return nil, fmt.Errorf("open rtnetlink: %w", err)
-	}
-	if err := s.routes.SetSocketTimeout(replyTimeout); err != nil {
-		s.close()
-		return nil, fmt.Errorf("limit rtnetlink's time: %w", err)
-	}
-	diag, err := nl.Subscribe(unix.NETLINK_SOCK_DIAG)
-	if err != nil {
-		s.close()
-		return nil, explain("sock_diag", err)
-	}
-	s.diag = map[int]*nl.SocketHandle{unix.NETLINK_SOCK_DIAG: {Socket: diag}}
-	limit := unix.NsecToTimeval(replyTimeout.Nanoseconds())
-	if err := diag.SetReceiveTimeout(&limit); err != nil {
-		s.close()
-		return nil, fmt.Errorf("limit sock_diag's time: %w", err)
+		return nil, err
 	}
 	return s, nil
 }
 
+// openDiag opens what does without nf_tables.
+func (s *sockets) openDiag() (err error) {
+	if s.routes, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open rtnetlink: %w", err)
+	}
+	if err := s.routes.SetSocketTimeout(replyTimeout); err != nil {
+		return fmt.Errorf("limit rtnetlink's time: %w", err)
+	}
+	diag, err := nl.Subscribe(unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return explain("sock_diag", err)
+	}
+	s.diag = map[int]*nl.SocketHandle{unix.NETLINK_SOCK_DIAG: {Socket: diag}}
+	limit := unix.NsecToTimeval(replyTimeout.Nanoseconds())
+	if err := diag.SetReceiveTimeout(&limit); err != nil {
+		return fmt.Errorf("limit sock_diag's time: %w", err)
+	}
+	return nil
+}
+
 func (s *sockets) close() {
-	// The error would be that it is closed already.
-	_ = s.tables.CloseLasting()
+	if s.tables != nil {
+		// The error would be that it is closed already.
+		_ = s.tables.CloseLasting()
+	}
 	if s.routes != nil {
 		s.routes.Close()
 	}
@@ -172,12 +181,12 @@ type chain struct {
 	rules [][]expr.Any
 }
 
-// replace makes the chains' rules all that our table of that family has, in one
+// replace makes the chains' rules all that a table of ours of that family has, in one
 // transaction, and heals what others have removed. A packet meets the old rules or the new
 // ones: the chains stay, as one that is made anew has a hook of its own, and a packet could
 // pass the new hook before the transaction and the old one after it, unseen by both.
-func (s *sockets) replace(f nftables.TableFamily, chains ...chain) error {
-	t := s.tables.AddTable(&nftables.Table{Family: f, Name: tableName}) // so that there is one to delete
+func (s *sockets) replace(f nftables.TableFamily, table string, chains ...chain) error {
+	t := s.tables.AddTable(&nftables.Table{Family: f, Name: table}) // so that there is one to delete
 	if len(chains) == 0 {
 		s.tables.DelTable(t)
 	}
@@ -201,7 +210,7 @@ func (s *sockets) replace(f nftables.TableFamily, chains ...chain) error {
 
 func (s *sockets) forward(f family, forwards []forward) error {
 	if len(forwards) == 0 {
-		return s.replace(f.table())
+		return s.replace(f.table(), tableName)
 	}
 	var rules [][]expr.Any
 	for _, w := range forwards {
@@ -209,7 +218,47 @@ func (s *sockets) forward(f family, forwards []forward) error {
 			rules = append(rules, w.rules(port)...)
 		}
 	}
-	return s.replace(f.table(), chain{"forward", nftables.ChainHookPrerouting, rules})
+	return s.replace(f.table(), tableName, chain{"forward", nftables.ChainHookPrerouting, rules})
+}
+
+func (s *sockets) holdBack(addrs []Address, ports []uint16) error {
+	rules := map[family][][]expr.Any{}
+	for _, a := range addrs {
+		for _, port := range ports {
+			rules[familyOf(a.Addr)] = append(rules[familyOf(a.Addr)], a.unacknowledged(port))
+		}
+	}
+	for _, f := range []family{ipv4, ipv6} {
+		var chains []chain
+		if len(rules[f]) > 0 {
+			chains = []chain{{"output", nftables.ChainHookOutput, rules[f]}}
+		}
+		if err := s.replace(f.table(), holdName, chains...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unacknowledged is, in nft's words, with the bits of fin, syn, rst and ack:
+//
+//	meta mark & MARK == MARK ip saddr VIP tcp sport PORT tcp flags & 0x17 == ack drop
+func (a Address) unacknowledged(port uint16) []expr.Any {
+	mark := binaryutil.NativeEndian.PutUint32(HeldMark)
+	source := 12 // offset in the IP header (RFC 791, 3.1)
+	if a.Addr.Is6() {
+		source = 8 // RFC 8200, 3
+	}
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mark, Xor: make([]byte, 4)}, equal(mark),
+		field(expr.PayloadBaseNetworkHeader, source, a.Addr.BitLen()/8), equal(a.Addr.AsSlice()),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equal([]byte{unix.IPPROTO_TCP}),
+		field(expr.PayloadBaseTransportHeader, 0, 2), equal(binaryutil.BigEndian.PutUint16(port)),
+		field(expr.PayloadBaseTransportHeader, 13, 1),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{tcpFIN | tcpSYN | tcpRST | tcpACK}, Xor: []byte{0}}, equal([]byte{tcpACK}),
+		&expr.Verdict{Kind: expr.VerdictDrop},
+	}
 }
 
 // equal matches what the register holds.
@@ -220,8 +269,13 @@ func field(base expr.PayloadBase, offset, length int) expr.Any {
 	return &expr.Payload{DestRegister: 1, Base: base, Offset: uint32(offset), Len: uint32(length)}
 }
 
-// tcpSYN is the flag's bit in byte 13 of the TCP header (RFC 9293, 3.1).
-const tcpSYN = 0x02
+// Flags' bits in byte 13 of the TCP header (RFC 9293, 3.1).
+const (
+	tcpFIN = 0x01
+	tcpSYN = 0x02
+	tcpRST = 0x04
+	tcpACK = 0x10
+)
 
 // hops is how often a packet is forwarded at most: a chain of givers is shorter.
 const hops = 16
@@ -304,7 +358,7 @@ func send(to netip.Addr) []expr.Any {
 
 func (s *sockets) quiet(kept []Address) error {
 	if len(kept) == 0 {
-		return s.replace(nftables.TableFamilyARP)
+		return s.replace(nftables.TableFamilyARP, tableName)
 	}
 	// ARP's hooks have numbers of their own (linux/netfilter_arp.h).
 	in := chain{name: "in", hook: nftables.ChainHookRef(0)}
@@ -313,7 +367,7 @@ func (s *sockets) quiet(kept []Address) error {
 		in.rules = append(in.rules, unanswered(a))
 		out.rules = append(out.rules, unsent(a, s.own(a)))
 	}
-	return s.replace(nftables.TableFamilyARP, in, out)
+	return s.replace(nftables.TableFamilyARP, tableName, in, out)
 }
 
 // own returns the interface's first address that is no VIP. Where there is none, or no
@@ -409,9 +463,12 @@ func (s *sockets) sweep() (delivered []netip.Addr, err error) {
 	}
 	for _, f := range []nftables.TableFamily{ipv4.table(), ipv6.table(), nftables.TableFamilyARP} {
 		// Where the kernel does not know the family there is nothing to sweep.
-		if err := s.replace(f); !errors.Is(err, ErrUnsupported) {
+		if err := s.replace(f, tableName); !errors.Is(err, ErrUnsupported) {
 			errs = append(errs, err)
 		}
+	}
+	if err := s.holdBack(nil, nil); !errors.Is(err, ErrUnsupported) {
+		errs = append(errs, err)
 	}
 	return delivered, errors.Join(errs...)
 }

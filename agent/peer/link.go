@@ -47,6 +47,8 @@ type Config struct {
 	// OnAck gets each ack with the time its heartbeat took there and back. It is called
 	// by one goroutine at a time.
 	OnAck func(ack *hameshv1.ExchangeResponse, took time.Duration)
+	// OnLinked is called when a session begins: its first heartbeat was answered.
+	OnLinked func()
 	// OnRefused is called when the member's kernel answers that nobody listens: its machine
 	// lives, its agent does not.
 	OnRefused func()
@@ -60,14 +62,15 @@ type Link struct {
 	newest atomic.Pointer[hameshv1.Heartbeat]
 	fresh  chan struct{} // one token: newest has not been sent yet
 
-	mu   sync.Mutex
-	conn *grpc.ClientConn // of the present session; nil: none
-	lost time.Time        // since when there is none
+	mu     sync.Mutex
+	conn   *grpc.ClientConn // of the present session; nil: none
+	lost   time.Time        // since when there is none
+	linked chan struct{}    // closed while there is one
 }
 
 // New returns a link that does nothing until Run.
 func New(cfg Config) *Link {
-	return &Link{cfg: cfg, fresh: make(chan struct{}, 1), lost: time.Now()}
+	return &Link{cfg: cfg, fresh: make(chan struct{}, 1), lost: time.Now(), linked: make(chan struct{})}
 }
 
 // String names the task.
@@ -94,15 +97,22 @@ func (l *Link) Control() (hameshv1.ControlServiceClient, bool) {
 	return hameshv1.NewControlServiceClient(l.conn), true
 }
 
-// Mesh returns a client for the member's MeshService over the present session; false while
-// there is none.
-func (l *Link) Mesh() (hameshv1.MeshServiceClient, bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.conn == nil {
-		return nil, false
+// AwaitMesh waits for a session and returns a client for the member's MeshService over it;
+// false: ctx has ended before.
+func (l *Link) AwaitMesh(ctx context.Context) (hameshv1.MeshServiceClient, bool) {
+	for {
+		l.mu.Lock()
+		conn, linked := l.conn, l.linked
+		l.mu.Unlock()
+		if conn != nil {
+			return hameshv1.NewMeshServiceClient(conn), ctx.Err() == nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, false
+		case <-linked:
+		}
 	}
-	return hameshv1.NewMeshServiceClient(l.conn), true
 }
 
 // Status returns a client for the member's StatusService over the present session; false
@@ -188,6 +198,7 @@ func (l *Link) session(ctx context.Context) (acked bool, err error) {
 			}
 			if !answered.Swap(true) {
 				l.cfg.Log.Info("linked", "peer", l.cfg.Name)
+				l.cfg.OnLinked()
 			}
 			watchdog.Reset(l.cfg.Silence)
 			l.cfg.OnAck(ack, sent.since(ack.GetAckSequence()))
@@ -211,6 +222,11 @@ func (l *Link) setConn(conn *grpc.ClientConn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.conn, l.lost = conn, time.Now()
+	if conn != nil {
+		close(l.linked)
+	} else {
+		l.linked = make(chan struct{})
+	}
 }
 
 // Lost returns for how long there has been no session; 0 while there is one.

@@ -40,6 +40,9 @@ type HandedHalf struct {
 func (p *Proxy) Freeze() Handed {
 	p.mu.Lock()
 	handed := Handed{Listener: p.listener, Sessions: p.adopted}
+	if p.listener >= 0 {
+		p.markListener(p.listener, 0) // whoever goes on with it may know of no mark
+	}
 	p.listener, p.adopted = -1, nil
 	p.mu.Unlock()
 	for _, l := range p.started() {
@@ -70,6 +73,10 @@ func (l *loop) freeze(s *session) HandedSession {
 		Up: s.up.freeze(), Down: s.down.freeze(),
 	}
 	l.poll.remove(s.client.fd)
+	if s.held {
+		l.unmark(s)
+	}
+	s.listed = false // it has not gone
 	if s.phase == relaying {
 		h.Server, h.Backend, h.Connect = s.server.fd, s.backend.Name, s.connected-s.began
 		l.poll.remove(s.server.fd)
@@ -136,6 +143,7 @@ func (l *loop) adopt(h HandedSession) {
 	l.proxy.count(h.From)
 	l.proxy.mu.Unlock()
 	s := l.take(h.Client, h.From)
+	l.enlist(s, false)
 	s.began = l.now - h.Age
 	s.phase = connecting
 	if h.Server >= 0 {

@@ -52,6 +52,7 @@ type loop struct {
 
 	racing, aging, halfClosed timers
 	openings                  openings
+	flows                     flowAccount
 	pipes                     pipes
 	scratch                   [scratchSize]byte
 	candidates                []affinity.Candidate // of one choice, to save garbage
@@ -138,6 +139,9 @@ func (l *loop) idle() time.Duration {
 	if l.listener >= 0 && !l.watched {
 		earlier(l.resumeAt)
 	}
+	if len(l.flows.held) > 0 {
+		earlier(l.flows.held[0].until)
+	}
 	if at < 0 {
 		return at
 	}
@@ -209,6 +213,9 @@ func (l *loop) expire() {
 	}
 	if l.listener >= 0 && !l.watched && l.now >= l.resumeAt {
 		l.watchListener()
+	}
+	if len(l.flows.held) > 0 && l.now >= l.flows.held[0].until {
+		l.letGo(0)
 	}
 }
 
@@ -301,6 +308,7 @@ func (l *loop) accept() {
 			continue
 		}
 		s := l.take(fd, from)
+		l.enlist(s, true)
 		if err := l.poll.add(fd, watchSocket, s.token(sideClient)); err != nil {
 			l.end(s, Failed)
 			continue

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -153,25 +152,6 @@ func TestBoundedLoad(t *testing.T) {
 	}
 	if n := met[best(one, servers...)]; n < 60 || n > 64 { // 1.25 * 150 / 3 = 62.5
 		t.Errorf("the first in rank has %d of %d connections: %v", n, connections, met)
-	}
-}
-
-func TestFlows(t *testing.T) {
-	p := start(t, nil, three(t, echo)...)
-	var want []netip.AddrPort
-	for i := range 10 {
-		conn := dial(t, p, client(i))
-		mustName(t, conn)
-		want = append(want, netip.MustParseAddrPort(conn.LocalAddr().String()))
-	}
-	got := p.Flows(netip.MustParseAddr("127.0.0.1"))
-	slices.SortFunc(got, netip.AddrPort.Compare)
-	slices.SortFunc(want, netip.AddrPort.Compare)
-	if !slices.Equal(got, want) {
-		t.Errorf("flows %v, want %v", got, want)
-	}
-	if got := p.Flows(netip.MustParseAddr("127.0.0.2")); len(got) != 0 {
-		t.Errorf("flows of another address: %v", got)
 	}
 }
 

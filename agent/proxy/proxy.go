@@ -81,6 +81,7 @@ type Proxy struct {
 	backends []*backend // in the order of the configuration
 	retired  []*backend // not in the configuration any more, and yet with sessions
 	own      ownAddresses
+	watch    *FlowWatch // nil: nobody wants to know of connections
 
 	accepted, acceptErrors, failedOpen atomic.Uint64
 	causes                             [causes]atomic.Uint64
@@ -170,6 +171,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 	}
 	err := p.startLoops()
 	loops, listener := p.loops, p.listener
+	if p.watch != nil {
+		p.markListener(listener, p.watch.Mark)
+	}
 	if err == nil {
 		for i, s := range p.adopted {
 			l := loops[i%len(loops)]
@@ -260,15 +264,6 @@ func (p *Proxy) closeListener() {
 		closeSocket(p.listener)
 		p.listener = -1
 	}
-}
-
-// Flows returns the clients that have a connection to one local address, such as a VIP,
-// in no order.
-func (p *Proxy) Flows(local netip.Addr) []netip.AddrPort {
-	loops := p.started()
-	found := make([][]netip.AddrPort, len(loops))
-	onAll(loops, func(l *loop) { found[slices.Index(loops, l)] = l.flows(local) })
-	return slices.Concat(found...)
 }
 
 // Drain waits until no connection is left, or ctx ends; then it returns the cause. It

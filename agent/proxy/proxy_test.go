@@ -79,6 +79,12 @@ func three(t *testing.T, handle func(*net.TCPConn)) []*server {
 // start runs a proxy in front of the servers, named by their addresses and all Up.
 func start(t *testing.T, change func(*Config), servers ...*server) *Proxy {
 	t.Helper()
+	return startWith(t, nil, change, servers...)
+}
+
+// startWith prepares the proxy before it runs.
+func startWith(t *testing.T, prepare func(*Proxy), change func(*Config), servers ...*server) *Proxy {
+	t.Helper()
 	cfg := Config{Name: "kube-api", OnDown: OnDownClose}
 	for _, s := range servers {
 		cfg.Backends = append(cfg.Backends, Backend{Name: s.name, Address: s.addr})
@@ -89,6 +95,9 @@ func start(t *testing.T, change func(*Config), servers ...*server) *Proxy {
 	p, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if prepare != nil {
+		prepare(p)
 	}
 	if err := p.Listen(); err != nil {
 		t.Fatal(err)

@@ -32,7 +32,7 @@ func (l *loop) relay(s *session) {
 	if s.server.broken == 0 {
 		hungry = l.pump(&s.up, &s.client, &s.server, &s.backend.sent)
 	}
-	if s.client.broken == 0 {
+	if s.client.broken == 0 && !s.held {
 		hungry = l.pump(&s.down, &s.server, &s.client, &s.backend.received) || hungry
 	}
 	if s.up.opening != nil {

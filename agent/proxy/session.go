@@ -28,6 +28,8 @@ type session struct {
 	generation uint32 // of the use; events for an earlier one are stale
 	phase      phase
 	queued     bool // in loop.again
+	listed     bool // others are told of it
+	held       bool // not yet, so the client gets nothing
 	backend    *backend
 	client     socket
 	server     socket
@@ -132,6 +134,9 @@ func (l *loop) end(s *session, cause Cause) {
 // forget frees all that a session has, its two connections aside.
 func (l *loop) forget(s *session) {
 	l.dropAttempts(s, -1)
+	if s.listed {
+		l.note(s, false)
+	}
 	if s.phase == relaying {
 		s.backend.load.Add(-1)
 		s.backend.established.Add(-1)
@@ -158,17 +163,6 @@ func (l *loop) resetAll(b *backend, cause Cause) {
 			l.end(s, cause)
 		}
 	}
-}
-
-// flows returns the clients that have a connection to a local address.
-func (l *loop) flows(local netip.Addr) []netip.AddrPort {
-	found := make([]netip.AddrPort, 0, len(l.sessions)-len(l.free))
-	for _, s := range l.sessions {
-		if s.phase != unused && s.localEnd().Addr() == local {
-			found = append(found, s.from)
-		}
-	}
-	return found
 }
 
 // localEnd returns where the client connected to.

@@ -134,8 +134,9 @@ type Store struct {
 	keys   keys
 	log    hclog.Logger
 	events *queue
-	writes chan struct{} // one token for each transaction under way
-	due    chan struct{} // one token: poll now
+	writes chan struct{}   // one token for each transaction under way
+	due    chan struct{}   // one token: poll now
+	back   chan netip.Addr // members that can be reached again
 
 	life context.Context // ends with Close
 	end  context.CancelFunc
@@ -174,6 +175,7 @@ func Open(cfg Config) (*Store, error) {
 		log:    cfg.Log,
 		events: newQueue(),
 		writes: make(chan struct{}, maxWrites), due: make(chan struct{}, 1),
+		back:  make(chan netip.Addr, backlog),
 		known: known, ordered: -1,
 	}
 	s.life, s.end = context.WithCancel(context.Background())

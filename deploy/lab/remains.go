@@ -21,6 +21,8 @@ import (
 const (
 	// ours is how the names of an agent's nf_tables tables begin.
 	ours = "hamesh"
+	// holds is the name of the tables that every running agent has.
+	holds = "hamesh-hold"
 	// keptRoutes is the protocol of an agent's routes (package handover).
 	keptRoutes = 104
 )
@@ -31,7 +33,7 @@ var dataFiles = []string{"boot", "crash", "etcd", "events", "identity", "lock"}
 // Remains lists what the node's agents have left since the first one was started on its
 // present host, each thing as a person would call it: addresses, our nf_tables tables with
 // their rules, routes, rules, system settings, promiscuous interfaces, and files that do not
-// belong; where the last agent was stopped in order, also its socket and any process.
+// belong; not the rules that an agent has as long as it runs. Where the last agent was stopped in order, also its socket and any process.
 func (n *Node) Remains() (left []string, err error) {
 	host := n.Host()
 	if host == nil {
@@ -47,7 +49,11 @@ func (n *Node) Remains() (left []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("look for what is left on %s: %w", n.Name, err)
 	}
+	running := n.process().running()
 	for _, t := range now {
+		if running && strings.Contains(t, " "+holds+" ") {
+			continue
+		}
 		if !slices.Contains(before, t) {
 			left = append(left, t)
 		}
@@ -265,9 +271,9 @@ func (n *Node) Handing(address netip.Addr) (forwards, keeps bool, err error) {
 		return false, false, err
 	}
 	family, route := netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: keptRoutes}
-	table := "family ip "
+	table := "table " + ours + " of family ip "
 	if address.Is6() {
-		family, table = netlink.FAMILY_V6, "family ip6 "
+		family, table = netlink.FAMILY_V6, "table "+ours+" of family ip6 "
 	}
 	routes, err := host.links.RouteListFiltered(family, route, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 	if err != nil {
