@@ -99,6 +99,11 @@ func stand(o orders, in *os.File, log hclog.Logger) error {
 		}
 		client = files.Client
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var stranded sync.WaitGroup
+	stranded.Go(func() { endStranded(ctx, kernel, log) })
+	defer stranded.Wait() // it uses the kernel
+	defer cancel()
 	end, err := watch(o.Agent, in, func() {
 		out := os.NewFile(readyFD, "ready")
 		_, _ = out.Write([]byte{ready}) // an agent that does not read it has ended, or kills us

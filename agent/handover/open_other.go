@@ -2,10 +2,18 @@
 
 package handover
 
-import "fmt"
+import (
+	"fmt"
+	"net/netip"
+)
 
 // connection is nothing here.
 type connection struct{}
+
+// EndStranded returns an error that wraps ErrUnsupported: only Linux is supported.
+func EndStranded(netip.Addr) (int, error) {
+	return 0, fmt.Errorf("end connections: %w sock_diag: it is not Linux", ErrUnsupported)
+}
 
 // Open returns an error that wraps ErrUnsupported: only Linux is supported.
 func Open(Config) (*Kernel, error) {
