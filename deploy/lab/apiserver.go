@@ -48,6 +48,7 @@ const (
 //	/readyz                 as Well, Sick and Hang say
 //	/version                the server's name
 //	/watch?interval=100ms   lines "name sequence", one at once and then every interval; 0: no more
+//	/wait?for=700ms         the server's name, after that time
 //	/echo                   the request's body, with its SHA-256 in the trailer Sha256
 type APIServer struct {
 	node *Node
@@ -219,6 +220,7 @@ func (s *standIn) handler() http.Handler {
 	mux.HandleFunc("/readyz", s.readyz)
 	mux.HandleFunc("/version", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, s.name) })
 	mux.HandleFunc("/watch", s.watch)
+	mux.HandleFunc("/wait", s.wait)
 	mux.HandleFunc("/echo", s.echo)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Server", s.name)
@@ -267,6 +269,19 @@ func (s *standIn) watch(w http.ResponseWriter, r *http.Request) {
 		case <-r.Context().Done():
 			return
 		}
+	}
+}
+
+func (s *standIn) wait(w http.ResponseWriter, r *http.Request) {
+	delay, err := time.ParseDuration(r.URL.Query().Get("for"))
+	if err != nil || delay < 0 {
+		http.Error(w, "for: want a duration of at least 0", http.StatusBadRequest)
+		return
+	}
+	select {
+	case <-time.After(delay):
+		fmt.Fprintln(w, s.name)
+	case <-r.Context().Done():
 	}
 }
 

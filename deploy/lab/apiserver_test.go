@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"testing"
+	"time"
 
 	"github.com/hamesh/hamesh/deploy/lab"
 )
@@ -47,6 +48,10 @@ func TestAPIServer(t *testing.T) {
 			}
 			if _, answer, _ := ask("/version", nil); answer != "cp-1\n" {
 				t.Errorf("version %q", answer)
+			}
+			asked := time.Now()
+			if _, answer, _ := ask("/wait?for=50ms", nil); answer != "cp-1\n" || time.Since(asked) < 50*time.Millisecond {
+				t.Errorf("wait: %q after %s", answer, time.Since(asked))
 			}
 			body := bytes.Repeat([]byte("0123456789"), 100_000)
 			hash := sha256.Sum256(body)

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net"
 	"net/http"
 	"net/netip"
@@ -79,17 +80,19 @@ func (c *Client) close() error {
 	return errors.Join(c.Host.killAll(0), c.Host.Close())
 }
 
-// order is what the client process is started with.
+// order is what the client process is started with: one of two loads.
 type order struct {
 	Load
+	Ordinary    *Ordinary `json:",omitempty"` // nil: Load
 	Certificate string
 }
 
 // Run is a load that is being run, by a process of its own.
 type Run struct {
 	process *process
-	stdin   io.Closer
+	stdin   io.WriteCloser
 	decoded chan error
+	looks   chan []Sample // the answers to UnderWay
 
 	mu      sync.Mutex
 	samples []Sample
@@ -109,10 +112,15 @@ func (c *Client) Start(l Load) (*Run, error) {
 	if len(l.From) == 0 {
 		l.From = c.Sources
 	}
-	if !l.Target.IsValid() || l.Rate < 0 || l.Rate > 10_000 || l.Streams < 0 {
+	if !l.Target.IsValid() || len(l.From) == 0 || l.Rate < 0 || l.Rate > 10_000 || l.Streams < 0 {
 		return nil, fmt.Errorf("start a load: out of range: %+v", l)
 	}
-	arg, err := json.Marshal(order{l, c.certificate})
+	return c.start(order{Load: l})
+}
+
+func (c *Client) start(o order) (*Run, error) {
+	o.Certificate = c.certificate
+	arg, err := json.Marshal(o)
 	if err != nil {
 		return nil, fmt.Errorf("encode a load: %w", err)
 	}
@@ -132,7 +140,7 @@ func (c *Client) Start(l Load) (*Run, error) {
 		_ = out.Close()
 		return nil, err
 	}
-	r := &Run{process: p, stdin: stdin, decoded: make(chan error, 1)}
+	r := &Run{process: p, stdin: stdin, decoded: make(chan error, 1), looks: make(chan []Sample, 1)}
 	go func() { r.decoded <- r.decode(out) }()
 	return r, nil
 }
@@ -140,14 +148,21 @@ func (c *Client) Start(l Load) (*Run, error) {
 func (r *Run) decode(out io.ReadCloser) error {
 	defer out.Close()
 	for d := json.NewDecoder(bufio.NewReader(out)); ; {
-		var s Sample
-		if err := d.Decode(&s); errors.Is(err, io.EOF) {
+		var m message
+		if err := d.Decode(&m); errors.Is(err, io.EOF) {
 			return nil
 		} else if err != nil {
 			return fmt.Errorf("read a client's samples: %w", err)
 		}
+		if m.Kind == 0 {
+			select {
+			case r.looks <- m.UnderWay:
+			default: // nobody waits for it any more
+			}
+			continue
+		}
 		r.mu.Lock()
-		r.samples = append(r.samples, s)
+		r.samples = append(r.samples, m.Sample)
 		r.mu.Unlock()
 	}
 }
@@ -176,8 +191,16 @@ func (r *Run) Samples() []Sample {
 
 func init() { Role("client", serveLoad) }
 
+// message is what a client's process writes: a sample or, where that is the zero value,
+// what is under way.
+type message struct {
+	Sample
+	UnderWay []Sample `json:",omitempty"`
+}
+
 // serveLoad is the client's process: it runs a load until its standard input ends, and
-// writes each sample to standard output as it happens.
+// writes each sample to standard output as it happens. Each line of standard input asks
+// ordinary clients what is under way.
 func serveLoad(args []string) int {
 	if err := runLoad(args); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -188,12 +211,12 @@ func serveLoad(args []string) int {
 
 type load struct {
 	order
-	trust   *tls.Config
-	samples chan Sample
+	trust    *tls.Config
+	messages chan message
 }
 
 func runLoad(args []string) error {
-	l := load{samples: make(chan Sample, 1024)}
+	l := load{messages: make(chan message, 1024)}
 	if len(args) != 1 {
 		return errors.New("want one argument, an order")
 	}
@@ -205,28 +228,41 @@ func runLoad(args []string) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
+	asked := make(chan struct{})
 	go func() {
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		cancel()
+		defer cancel()
+		for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+			select {
+			case asked <- struct{}{}:
+			case <-time.After(patience): // such a load has nobody who answers
+			}
+		}
 	}()
 	written := make(chan error, 1)
 	go func() {
 		var err error
 		e := json.NewEncoder(os.Stdout)
-		for s := range l.samples {
-			err = errors.Join(err, e.Encode(s))
+		for m := range l.messages {
+			err = errors.Join(err, e.Encode(m))
 		}
 		written <- err
 	}()
-	var work sync.WaitGroup
-	for i := range l.Streams {
-		work.Go(func() { l.stream(ctx, i) })
+	if l.Ordinary != nil {
+		o := ordinary{Ordinary: *l.Ordinary, trust: l.trust, messages: l.messages, underWay: make(map[*call]struct{})}
+		o.run(ctx, asked)
+	} else {
+		var work sync.WaitGroup
+		for i := range l.Streams {
+			work.Go(func() { l.stream(ctx, i) })
+		}
+		l.requests(ctx, &work)
+		work.Wait()
 	}
-	l.requests(ctx, &work)
-	work.Wait()
-	close(l.samples)
+	close(l.messages)
 	return <-written
 }
+
+func (l *load) say(s Sample) { l.messages <- message{Sample: s} }
 
 // requests starts one request after the other, each when it is due, however long the
 // others take: a load that waited would hide what a user feels. At most rate × timeout
@@ -235,25 +271,37 @@ func (l *load) requests(ctx context.Context, work *sync.WaitGroup) {
 	if l.Rate == 0 {
 		return
 	}
-	start := time.Now()
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for n := 0; ; n++ {
-		due := start.Add(time.Duration(float64(n) / l.Rate * float64(time.Second)))
-		timer.Reset(time.Until(due))
-		select {
-		case <-ctx.Done():
-			return
-		case <-timer.C:
-		}
+	for n, due := range dues(ctx, l.Rate) {
 		source := l.From[n%len(l.From)]
 		work.Go(func() {
 			// Not under ctx: what has begun is measured to its end.
 			limited, cancel := context.WithDeadline(context.Background(), due.Add(l.Timeout))
 			defer cancel()
 			backend, err := l.request(limited, source)
-			l.samples <- Sample{Kind: Request, Source: source, Start: due, End: time.Now(), Backend: backend, Error: cause(err)}
+			l.say(Sample{Kind: Request, Source: source, Start: due, End: time.Now(), Backend: backend, Error: cause(err)})
 		})
+	}
+}
+
+// dues yields the number and the time of one thing after the other, so many a second,
+// each when it is due, until ctx ends.
+func dues(ctx context.Context, rate float64) iter.Seq2[int, time.Time] {
+	return func(yield func(int, time.Time) bool) {
+		start := time.Now()
+		timer := time.NewTimer(0)
+		defer timer.Stop()
+		for n := 0; ; n++ {
+			due := start.Add(time.Duration(float64(n) / rate * float64(time.Second)))
+			timer.Reset(time.Until(due))
+			select {
+			case <-ctx.Done():
+				return
+			case <-timer.C:
+			}
+			if !yield(n, due) {
+				return
+			}
+		}
 	}
 }
 
@@ -309,7 +357,7 @@ func (l *load) stream(ctx context.Context, index int) {
 		if backend == "" {
 			kind = Unopened
 		}
-		l.samples <- Sample{Kind: kind, Source: source, Stream: index, Start: opened, End: time.Now(), Backend: backend, Error: cause(err)}
+		l.say(Sample{Kind: kind, Source: source, Stream: index, Start: opened, End: time.Now(), Backend: backend, Error: cause(err)})
 		select {
 		case <-ctx.Done():
 		case <-time.After(streamRetry):
@@ -336,7 +384,7 @@ func (l *load) watch(ctx context.Context, index int, source netip.Addr) (backend
 		opening.Reset(l.Silence)
 		now := time.Now()
 		backend = response.Header.Get("Server")
-		l.samples <- Sample{Kind: Line, Source: source, Stream: index, Start: now, End: now, Backend: backend}
+		l.say(Sample{Kind: Line, Source: source, Stream: index, Start: now, End: now, Backend: backend})
 	}
 }
 

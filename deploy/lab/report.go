@@ -18,7 +18,19 @@ const (
 	Line          // a line of a stream that arrived
 	Broken        // a stream that had been open ended
 	Unopened      // an attempt to open a stream failed
+	Call          // of an ordinary client: a new connection and one request over it
+	Kept          // a request over a connection that is kept for the next one
+	Watch         // a stream that is silent after its first line, from its opening to its end
 )
+
+// String is the kind's name.
+func (k Kind) String() string {
+	names := []string{"none", "request", "line", "broken stream", "unopened stream", "call", "kept connection", "watch"}
+	if k < 0 || int(k) >= len(names) {
+		return fmt.Sprintf("kind %d", int(k))
+	}
+	return names[k]
+}
 
 // Sample is one thing that a client saw.
 type Sample struct {
@@ -28,6 +40,12 @@ type Sample struct {
 	Start, End time.Time
 	Backend    string `json:",omitempty"` // the API server that answered; empty: none
 	Error      string `json:",omitempty"` // why it failed, in a word; empty: it did not
+
+	// Of an ordinary client's alone:
+	Port       uint16        `json:",omitempty"` // its own, 0: not known before it is connected
+	Connected  time.Time     `json:",omitzero"`  // when its connection was established; zero: never
+	Delay      time.Duration `json:",omitempty"` // after which the server answers
+	Unfinished bool          `json:",omitempty"` // still under way when the load was stopped, at End
 }
 
 // Report is what a client saw over some time.

@@ -51,6 +51,7 @@ const usage = `usage:
   hamesh-lab chaos    -list
   hamesh-lab endure   [-duration D] [-loops N] [-timing default|fast]
   hamesh-lab failover [-trials N] [-timing default,fast] [-peers] [-out FILE]
+  hamesh-lab clients  [-scenario NAME,…] [-trials N] [-timing default|fast] [-nodes N] [-external] [-away D]
   hamesh-lab bench    [-runs N | -quick] [-out FILE]
   hamesh-lab bench    -idle N [-for D]
 `
@@ -58,7 +59,7 @@ const usage = `usage:
 func run(args []string, out, complaints io.Writer) int {
 	commands := map[string]func(*flag.FlagSet, []string, io.Writer) (func() error, error){
 		"demo": demoCommand, "chaos": chaosCommand, "endure": endureCommand, "failover": failoverCommand,
-		"bench": benchCommand,
+		"clients": clientsCommand, "bench": benchCommand,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		fmt.Fprint(complaints, usage)
