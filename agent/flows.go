@@ -74,7 +74,7 @@ type flows struct {
 	wake   chan struct{} // one token: somebody may have to be told
 
 	mu     sync.Mutex
-	mine   map[through]clients
+	mine   map[through]map[netip.AddrPort]uint64 // to the connection's number
 	theirs map[string]*theirFlows // by member
 	past   map[string]*theirFlows // those of the boot before
 	links  map[*flowLink]struct{}
@@ -105,7 +105,7 @@ type theirFlows struct {
 func newFlows(self string, boot uint64, vips map[string]netip.Addr, ports []uint16, log hclog.Logger) *flows {
 	return &flows{
 		self: self, boot: boot, vips: vips, ports: ports, log: log, tell: handover.Tickle,
-		mine: map[through]clients{}, theirs: map[string]*theirFlows{}, past: map[string]*theirFlows{}, taken: map[string]uint64{},
+		mine: map[through]map[netip.AddrPort]uint64{}, theirs: map[string]*theirFlows{}, past: map[string]*theirFlows{}, taken: map[string]uint64{},
 		links: map[*flowLink]struct{}{}, wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
 		take: map[uint16]func() ([]proxy.Flow, func()){},
 	}
@@ -199,11 +199,14 @@ func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 	for _, c := range all {
 		w := through{f.vipAt(c.Local), port}
 		if f.mine[w] == nil {
-			f.mine[w] = clients{}
+			f.mine[w] = map[netip.AddrPort]uint64{}
 		}
-		if c.Open {
-			f.mine[w][c.Client] = struct{}{}
-		} else {
+		switch {
+		case f.mine[w][c.Client] > c.ID:
+			continue // the client's next connection was told of before
+		case c.Open:
+			f.mine[w][c.Client] = c.ID
+		default:
 			delete(f.mine[w], c.Client)
 		}
 		for l := range f.links {
@@ -250,15 +253,6 @@ func (l *flowLink) note(w through, client netip.AddrPort, open bool) {
 		l.pending[w] = map[netip.AddrPort]bool{}
 	}
 	l.pending[w][client] = open
-}
-
-func without(a, b clients) (rest []netip.AddrPort) {
-	for c := range a {
-		if _, ok := b[c]; !ok {
-			rest = append(rest, c)
-		}
-	}
-	return rest
 }
 
 // messages say what has opened and closed, in as many parts as it takes.
@@ -492,7 +486,7 @@ func (f *flows) bereaved() (all []news) {
 		for w, c := range t.flows {
 			if gen, here := f.has(w.vip); here && !t.told[w] && len(c) > 0 {
 				t.told[w] = true
-				all = append(all, news{w, member, t, gen, without(c, nil)})
+				all = append(all, news{w, member, t, gen, slices.Collect(maps.Keys(c))})
 			}
 		}
 	}

@@ -18,6 +18,9 @@ type Flow struct {
 	Client netip.AddrPort
 	Local  netip.Addr // where it connected to
 	Open   bool       // else it has gone
+	// ID tells it from an earlier connection of the same client: what is told of two of them
+	// may come in any order.
+	ID uint64
 }
 
 // FlowWatch says who wants to know of which connections.
@@ -45,9 +48,9 @@ func (p *Proxy) WatchFlows(w FlowWatch) {
 	p.watch = &w
 }
 
-// TakeFlows returns which connections have come and gone since it was called last, in the
-// order of each client's, and what to call when others have been told of those that have
-// come; nil: none have. It must not be called twice at a time.
+// TakeFlows returns which connections have come and gone since it was called last, and what
+// to call when others have been told of those that have come; nil: none have. It must not be
+// called twice at a time.
 func (p *Proxy) TakeFlows() (all []Flow, told func()) {
 	type turn struct {
 		loop *loop
@@ -105,7 +108,7 @@ func (l *loop) enlist(s *session, isNew bool) {
 		l.unmark(s)
 		return
 	}
-	s.listed, s.held = true, isNew
+	s.flow, s.held = l.proxy.flows.Add(1), isNew
 	turn, first := l.note(s, true)
 	if isNew {
 		l.flows.held = append(l.flows.held, heldSession{s.index, s.generation, turn, l.now + holdMost})
@@ -120,7 +123,7 @@ func (l *loop) enlist(s *session, isNew bool) {
 func (l *loop) note(s *session, open bool) (turn uint64, first bool) {
 	l.flows.mu.Lock()
 	defer l.flows.mu.Unlock()
-	l.flows.news = append(l.flows.news, Flow{Client: s.from, Local: s.localEnd().Addr(), Open: open})
+	l.flows.news = append(l.flows.news, Flow{Client: s.from, Local: s.localEnd().Addr(), Open: open, ID: s.flow})
 	first = open && !l.flows.opens
 	l.flows.opens = l.flows.opens || open
 	return l.flows.taken + 1, first

@@ -76,7 +76,7 @@ func (l *loop) freeze(s *session) HandedSession {
 	if s.held {
 		l.unmark(s)
 	}
-	s.listed = false // it has not gone
+	s.flow = 0 // it has not gone
 	if s.phase == relaying {
 		h.Server, h.Backend, h.Connect = s.server.fd, s.backend.Name, s.connected-s.began
 		l.poll.remove(s.server.fd)

@@ -82,6 +82,7 @@ type Proxy struct {
 	retired  []*backend // not in the configuration any more, and yet with sessions
 	own      ownAddresses
 	watch    *FlowWatch // nil: nobody wants to know of connections
+	flows    atomic.Uint64
 
 	accepted, acceptErrors, failedOpen atomic.Uint64
 	causes                             [causes]atomic.Uint64

@@ -28,12 +28,12 @@ type session struct {
 	generation uint32 // of the use; events for an earlier one are stale
 	phase      phase
 	queued     bool // in loop.again
-	listed     bool // others are told of it
-	held       bool // not yet, so the client gets nothing
+	held       bool // others have not been told of it yet, so the client gets nothing
 	backend    *backend
 	client     socket
 	server     socket
-	up, down   half // towards the server, towards the client
+	up, down   half   // towards the server, towards the client
+	flow       uint64 // as which others are told of it; 0: they are not
 
 	from      netip.AddrPort // the client
 	local     netip.AddrPort // where the client connected to; zero until asked for
@@ -134,7 +134,7 @@ func (l *loop) end(s *session, cause Cause) {
 // forget frees all that a session has, its two connections aside.
 func (l *loop) forget(s *session) {
 	l.dropAttempts(s, -1)
-	if s.listed {
+	if s.flow != 0 {
 		l.note(s, false)
 	}
 	if s.phase == relaying {
