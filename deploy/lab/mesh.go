@@ -22,7 +22,12 @@ const (
 	vipName       = "kube-api"
 	secondVIPName = "kube-api-6" // of a dual segment
 	proxyPort     = 16443
-	etcdPeerPort  = 7480
+)
+
+// The ports where members reach each other: agents, and their embedded etcd.
+const (
+	MeshPort  = 7443
+	StorePort = 7480
 )
 
 // vip is the IPv4 one.
@@ -251,8 +256,8 @@ func (m *Mesh) config(n *Node) (map[string]any, error) {
 		"node":       object{"name": n.Name, "address": n.Address.String(), "role": role},
 		"members":    members,
 		"dataDir":    n.dir + "/data",
-		"api":        object{"port": 7443, "socket": n.socket()},
-		"store":      object{"embedded": object{"peerPort": etcdPeerPort}},
+		"api":        object{"port": MeshPort, "socket": n.socket()},
+		"store":      object{"embedded": object{"peerPort": StorePort}},
 		"tls":        object{"insecure": true},
 		"timing":     object{"profile": m.options.Timing},
 		"vips":       vips,
@@ -288,7 +293,7 @@ func (m *Mesh) StopStore() (start func() error, err error) {
 			alone = append(alone, []*Port{port})
 		}
 	}
-	return m.Switch.Partition(Frames{TCPPort: etcdPeerPort}, alone...)
+	return m.Switch.Partition(Frames{TCPPort: StorePort}, alone...)
 }
 
 // Await calls the condition every 20 ms until it returns nil, and returns its last

@@ -84,8 +84,8 @@ type Waits struct {
 
 // Judge says how long each client waited beyond what it should: for a good answer, beyond
 // the delay that it asked for; for an error, from its beginning or the fault on, whichever
-// is later; for what is unfinished, to the end, where its answer was due or its connection
-// was lost. The fault is the first one that took its connection, else the last one in its
+// is later, and at least for as long as its answer was overdue; for what is unfinished, to
+// the end, where its answer was due or its connection was lost. The fault is the first one that took its connection, else the last one in its
 // time. holder says who held the VIP at a time, and may be nil.
 func Judge(samples []Sample, faults []Fault, holder func(time.Time) string, limit time.Duration) Waits {
 	w := Waits{Errors: make(map[string]int)}
@@ -149,9 +149,11 @@ func judge(s Sample, faults []Fault, holder func(time.Time) string) Wait {
 	open := s.Kind == Watch && s.Backend != ""
 	switch {
 	case s.Error != "":
-		w.Beyond = s.End.Sub(from)
-		if open && w.Fault == nil {
-			w.Beyond = 0 // it had all that it wanted until then
+		switch {
+		case !open:
+			w.Beyond = max(s.End.Sub(from), s.End.Sub(s.Start)-s.Delay)
+		case w.Fault != nil: // else it had all that it wanted until then
+			w.Beyond = s.End.Sub(from)
 		}
 	case s.Unfinished && (w.Lost || s.Connected.IsZero()):
 		w.Beyond = s.End.Sub(from)

@@ -48,6 +48,7 @@ func TestJudge(t *testing.T) {
 		{name: "answered in time", sample: sample(lab.Call, 1, 1, 2, "c", ""), known: never},
 		{name: "answered late", sample: sample(lab.Call, 9, 9, 13, "c", ""), waited: 3, known: never, age: 1},
 		{name: "reset after the fault", sample: sample(lab.Call, 9.5, 9.5, 10.5, "", "reset"), waited: 0.5, known: 0.5, age: 0.5},
+		{name: "overdue before the fault", sample: sample(lab.Call, 5, 5, 10.5, "", "reset"), waited: 4.5, known: 0.5, age: 5},
 		{name: "dialled into the fault", sample: sample(lab.Call, 9.5, never, 10.5, "", "refused"), waited: 0.5, known: never},
 		{name: "connected within the fault", sample: sample(lab.Call, 9.5, 11, 13, "", "reset"), waited: 3, known: never},
 		{name: "begun after the fault", sample: sample(lab.Call, 11, 11.5, 14, "", "reset"), waited: 3, known: never},

@@ -27,7 +27,7 @@ const (
 	warmUp  = 1500 * time.Millisecond // until every client is in the midst of something
 	soon    = 6 * time.Second         // after a fault: who has not learnt of it by now, hangs
 	shown   = 10                      // waits that are printed, of each trial
-	asked   = 3                       // clients whose hanging is diagnosed, of each load
+	asked   = 3                       // clients whose hanging is diagnosed, after each fault
 )
 
 // bounds are what ordinary clients may see at most; 0: no matter.
@@ -53,7 +53,7 @@ var ordeals = []ordeal{
 		try:    (*stage).cutOnce,
 	},
 	{
-		name: "second", what: "an owner is cut after the one before it came back", trials: 2,
+		name: "second", what: "an owner is cut after the one before it came back", trials: 4,
 		bounds: bounds{takeover: 600 * time.Millisecond},
 		try:    (*stage).cutSecond,
 	},
@@ -86,6 +86,8 @@ type stage struct {
 	run   *lab.Run // nil: there is no load
 	quit  chan struct{}
 	watch chan error // the end of diagnose
+
+	judged time.Time // up to when samples have been judged, in "cuts"
 
 	mu     sync.Mutex
 	faults []lab.Fault // since the load began
@@ -159,6 +161,7 @@ func (s *stage) play(wanted []ordeal, trials int) error {
 }
 
 func (o ordeal) play(s *stage, trials int, worst *seen) (n, broken int, err error) {
+	defer func() { err = errors.Join(err, s.end()) }()
 	if trials == 0 {
 		trials = o.trials
 	}
@@ -168,7 +171,7 @@ func (o ordeal) play(s *stage, trials int, worst *seen) (n, broken int, err erro
 		}
 		got, err := o.try(s, n)
 		if err != nil {
-			return n, broken, errors.Join(err, s.end())
+			return n, broken, err
 		}
 		n++
 		fmt.Fprintf(s.out, "%s %d: %s\n", o.name, n, got)
@@ -211,6 +214,7 @@ func (b bounds) complaints(got *seen) (all []string) {
 
 func (s *seen) add(o *seen) {
 	s.Longest, s.Known, s.takeover = max(s.Longest, o.Longest), max(s.Known, o.Known), max(s.takeover, o.takeover)
+	s.Number += o.Number
 	s.Failed += o.Failed
 	s.Unfinished += o.Unfinished
 	for cause, n := range o.Errors {
@@ -232,8 +236,11 @@ func (s *seen) String() string {
 	return text
 }
 
-// begin starts a load, and diagnoses who hangs until end or stop.
+// begin starts a load unless there is one, and diagnoses who hangs until end or stop.
 func (s *stage) begin(c *lab.Client, o lab.Ordinary) (err error) {
+	if s.run != nil {
+		return nil
+	}
 	o.Target = s.VIP()
 	if s.run, err = c.StartOrdinary(o); err != nil {
 		return err
@@ -241,6 +248,7 @@ func (s *stage) begin(c *lab.Client, o lab.Ordinary) (err error) {
 	s.mu.Lock()
 	s.faults = nil
 	s.mu.Unlock()
+	s.judged = time.Time{}
 	s.quit, s.watch = make(chan struct{}), make(chan error, 1)
 	go func() { s.watch <- s.diagnose() }()
 	time.Sleep(warmUp)
@@ -269,22 +277,28 @@ func (s *stage) stop() ([]lab.Sample, error) {
 // at once, for it may be gone soon.
 func (s *stage) diagnose() error {
 	told := make(map[netip.AddrPort]bool)
+	fault, left := 0, 0
 	for {
 		select {
 		case <-s.quit:
 			return nil
 		case <-time.After(500 * time.Millisecond):
 		}
-		if len(s.Recorder.Now()) == 0 || len(told) == asked {
+		faults := s.struck()
+		if len(faults) != fault {
+			fault, left = len(faults), asked
+		}
+		if len(s.Recorder.Now()) == 0 || left == 0 {
 			continue
 		}
 		samples, err := s.run.UnderWay()
 		if err != nil {
 			return err
 		}
-		for _, w := range lab.Judge(samples, s.struck(), s.holder(), hanging).Above {
-			if client := netip.AddrPortFrom(w.Source, w.Port); !told[client] && len(told) < asked {
+		for _, w := range lab.Judge(samples, faults, s.holder(), hanging).Above {
+			if client := netip.AddrPortFrom(w.Source, w.Port); !told[client] && left > 0 {
 				told[client] = true
+				left--
 				fmt.Fprintf(s.out, "  hangs: %s\n%s", w, indent(s.Diagnose(client)))
 			}
 		}
@@ -410,7 +424,7 @@ func (s *stage) cutSecond(trial int) (*seen, error) {
 		}
 	}
 	from := time.Now()
-	if owner, mend, err = s.cutOwner(trial); err != nil {
+	if owner, mend, err = s.cutOwner(trial / 2); err != nil {
 		return nil, err
 	}
 	time.Sleep(soon)
@@ -418,7 +432,7 @@ func (s *stage) cutSecond(trial int) (*seen, error) {
 	return got, mend()
 }
 
-// cutAgain is one of many cuts, with clients of every sort.
+// cutAgain is one of many cuts, with clients of every sort that go on from one to the next.
 func (s *stage) cutAgain(trial int) (*seen, error) {
 	if err := s.begin(s.Client, lab.Ordinary{Calls: 60, Connections: 30, Slow: 10, Watches: 60}); err != nil {
 		return nil, err
@@ -434,13 +448,23 @@ func (s *stage) cutAgain(trial int) (*seen, error) {
 		return nil, err
 	}
 	time.Sleep(time.Until(from.Add(soon)))
-	samples, err := s.stop()
+	before, now := s.judged, time.Now()
+	s.judged = now
+	samples, err := s.run.UnderWay()
 	if err != nil {
 		return nil, err
 	}
+	for _, one := range s.run.Samples() {
+		if one.End.After(before) && !one.End.After(now) {
+			samples = append(samples, one)
+		}
+	}
 	got := s.judge(samples)
-	// Nobody can be served while nobody holds the VIP.
 	got.Above = slices.DeleteFunc(got.Above, func(w lab.Wait) bool {
+		if w.Unfinished && w.Fault != nil && w.Fault.At.Before(before) {
+			return true // is told of already, and again when it ends
+		}
+		// Nobody can be served while nobody holds the VIP.
 		return w.Beyond-vacant(s.Recorder.Between(w.End.Add(-w.Beyond), w.End)) <= mostWait
 	})
 	got.takeover, got.note = s.elsewhere(from, owner.Name), fmt.Sprintf("%s was cut for %s", owner.Name, round(length))

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -40,12 +41,14 @@ type step struct {
 	expect limits
 	after  func(*scene) error // puts right, unmeasured, what do has broken; nil: nothing
 	broken bool               // the mesh stays as it is, for the next step to put right
+	loses  bool               // do takes a node or its API server away: scene.down
 }
 
 // outcome is what a step turned out to cost.
 type outcome struct {
 	step
 	report  lab.Report
+	waits   lab.Waits // of ordinary clients, beside
 	holding lab.Holding
 	failure error // of doing it
 }
@@ -78,7 +81,7 @@ var steps = []step{
 		name:   "its owner loses power",
 		do:     (*scene).cutPower,
 		expect: limits{gap: 2 * time.Second, failed: 2 * requestRate, broken: streams, moves: 1},
-		broken: true,
+		broken: true, loses: true,
 	},
 	{
 		name:   "that node comes back",
@@ -90,12 +93,14 @@ var steps = []step{
 		do:     (*scene).killAgent,
 		expect: limits{gap: time.Second, failed: requestRate, broken: streams, moves: 1},
 		after:  func(s *scene) error { return s.down.StartAgent() },
+		loses:  true,
 	},
 	{
 		name:   "an API server is killed",
 		do:     (*scene).killAPI,
 		expect: limits{gap: 500 * time.Millisecond, failed: 2 * requestRate, broken: streams},
 		after:  func(s *scene) error { return s.down.API.Start() },
+		loses:  true,
 	},
 	{
 		name:   fmt.Sprintf("the store stops for %s", outage),
@@ -172,7 +177,16 @@ func (s *scene) play(st step) (o outcome) {
 		o.failure = err
 		return o
 	}
+	patient, err := s.Client.StartOrdinary(beside(s.VIP()))
+	if err != nil {
+		_, e := run.Stop()
+		o.failure = errors.Join(err, e)
+		return o
+	}
 	o.failure = lab.Await(ready, func() error {
+		if err := connected(patient); err != nil {
+			return err
+		}
 		if r := lab.Summarize(run.Samples(), time.Time{}, time.Now()); r.Streams < streams || len(r.Backends) == 0 {
 			return errors.New("wait for the client's streams")
 		}
@@ -185,9 +199,15 @@ func (s *scene) play(st step) (o outcome) {
 	time.Sleep(settle)
 	to := time.Now()
 	samples, err := run.Stop()
-	o.failure = errors.Join(o.failure, err)
+	waited, e := patient.Stop()
+	o.failure = errors.Join(o.failure, err, e)
 	o.report = lab.Summarize(samples, from, to)
 	o.holding = s.Recorder.Between(from, to)
+	fault := lab.Fault{At: from, Until: to}
+	if st.loses && s.down != nil {
+		fault.Node = s.down.Name
+	}
+	o.waits = lab.Judge(waited, []lab.Fault{fault}, holderOf(s.Recorder), mostWait)
 	if st.after != nil && o.failure == nil {
 		o.failure = st.after(s)
 	}
@@ -195,6 +215,27 @@ func (s *scene) play(st step) (o outcome) {
 		o.failure = s.WaitHealthy(ready)
 	}
 	return o
+}
+
+// beside are the ordinary clients that run beside the impatient ones.
+func beside(target netip.AddrPort) lab.Ordinary {
+	return lab.Ordinary{Target: target, Calls: 20, Connections: 10, Watches: 10}
+}
+
+// connected returns nil once all that is held open beside is open.
+func connected(run *lab.Run) error {
+	all := beside(netip.AddrPort{})
+	samples, err := run.UnderWay()
+	open := 0
+	for _, s := range samples {
+		if s.Kind != lab.Call && s.Backend != "" {
+			open++
+		}
+	}
+	if want := all.Connections + all.Watches; err == nil && open < want {
+		err = fmt.Errorf("wait for ordinary clients: %d of %d are connected", open, want)
+	}
+	return err
 }
 
 // complaints says in what the outcome is not as expected.
@@ -213,6 +254,9 @@ func (o outcome) complaints() []string {
 	check(moved != o.expect.moves, "the holder changed %d times, not %d", moved, o.expect.moves)
 	check(o.report.Gap > o.expect.gap, "a gap of %s, more than %s", round(o.report.Gap), o.expect.gap)
 	check(o.report.Failed > o.expect.failed, "%d requests failed, more than %d: %v", o.report.Failed, o.expect.failed, o.report.Errors)
+	if len(o.waits.Above) > 0 {
+		check(true, "%d ordinary clients waited for more than %s: %s", len(o.waits.Above), mostWait, o.waits.Above[0])
+	}
 	check(o.report.Broken > o.expect.broken, "%d streams broke, more than %d: %v", o.report.Broken, o.expect.broken, o.report.Breaks)
 	return all
 }
@@ -295,7 +339,21 @@ func verdict(out io.Writer, outcomes []outcome) error {
 		})
 	}
 	t.Render()
+	p := patientTable("step")
+	for _, o := range outcomes {
+		p.AppendRow(table.Row{o.name, o.waits.Number, round(o.waits.Longest), counted(o.waits.Failed, o.waits.Errors), o.waits.Unfinished})
+	}
+	fmt.Fprintf(out, "\n%s\n", p.Render())
 	return errors.Join(errs...)
+}
+
+// patientTable is one of what ordinary clients saw beside the impatient ones.
+func patientTable(what string) table.Writer {
+	t := table.NewWriter()
+	t.SetStyle(table.StyleLight)
+	t.SetTitle("What ordinary clients saw, which wait as kubectl and client-go do")
+	t.AppendHeader(table.Row{what, "calls and watches", "longest wait beyond the answer", "failed", "unfinished"})
+	return t
 }
 
 // counted prints a number and what it is made of.

@@ -34,6 +34,8 @@ func TestComplaints(t *testing.T) {
 		{"there and back", outcome{holding: held(a, b, a)}, []string{"changed 2 times"}},
 		{"bad for clients", outcome{holding: held(a, b), report: lab.Report{Gap: 2 * time.Second, Failed: 2, Broken: 3}},
 			[]string{"gap of 2s", "2 requests failed", "3 streams broke"}},
+		{"a long wait", outcome{holding: held(a, b), waits: lab.Waits{Above: []lab.Wait{{Beyond: 3 * time.Second}}}},
+			[]string{"ordinary clients waited"}},
 		{"not done", outcome{failure: errors.New("no power")}, []string{"no power"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {

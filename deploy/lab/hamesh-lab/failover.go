@@ -26,6 +26,7 @@ const (
 	steady   = 500 * time.Millisecond
 	late     = time.Second      // after everybody was served again: what breaks once more is seen
 	patience = 5 * time.Second  // of a client: what takes longer has failed
+	overdue  = 3 * time.Second  // after the strike, at least: which ordinary clients hang is seen
 	hopeless = 20 * time.Second // a trial in which somebody is not served for so long fails
 )
 
@@ -49,6 +50,7 @@ type scenario struct {
 	// withLeader: the owner's node has the store's leader too; else it has not, where
 	// there is such a thing.
 	withLeader bool
+	takes      bool // the owner's node from the others: what was connected through it is lost
 	strike     func(c contender, m *lab.Mesh, owner *lab.Node) error
 	mend       func(c contender, owner *lab.Node) error
 }
@@ -59,9 +61,9 @@ func isolate(_ contender, _ *lab.Mesh, n *lab.Node) error { return n.Port().Isol
 func rejoin(_ contender, n *lab.Node) error               { return n.Port().Rejoin() }
 
 var scenarios = []scenario{
-	{name: "owner's cable pulled", strike: cut, mend: mend},
-	{name: "owner cut off, carrier stays", strike: isolate, mend: rejoin},
-	{name: "the same, with etcd's leader on it", withLeader: true, strike: isolate, mend: rejoin},
+	{name: "owner's cable pulled", takes: true, strike: cut, mend: mend},
+	{name: "owner cut off, carrier stays", takes: true, strike: isolate, mend: rejoin},
+	{name: "the same, with etcd's leader on it", withLeader: true, takes: true, strike: isolate, mend: rejoin},
 	{
 		name:   "owner's daemons killed (SIGKILL)",
 		strike: func(c contender, _ *lab.Mesh, n *lab.Node) error { return c.kill(n) },
@@ -84,6 +86,7 @@ type trial struct {
 	worst, median time.Duration // the longest gap of the worst client, and of the one in the middle
 	failed        int
 	refused       int
+	waits         lab.Waits // of ordinary clients, beside
 }
 
 // outcomes are the trials of one contender in one scenario.
@@ -184,9 +187,19 @@ func failover(out io.Writer, contenders []contender, trials int, file string) er
 	}
 	about := fmt.Sprintf("%d clients, each with a new connection and a request every %s: the longest time a client was without an answer, as it gives a request up after %s. "+
 		"Three nodes in network namespaces, Linux %s, %d processors.", askers, askEvery, patience, kernelRelease(), runtime.NumCPU())
-	fmt.Fprintf(out, "\n%s\n%s\n", about, t.Render())
+	p := patientTable("what happens")
+	for _, o := range all {
+		if len(o.trials) > 0 {
+			worst := seen{Waits: lab.Waits{Errors: make(map[string]int)}}
+			for _, t := range o.trials {
+				worst.add(&seen{Waits: t.waits})
+			}
+			p.AppendRow(table.Row{o.scenario + ": " + o.contender, worst.Number, round(worst.Longest), counted(worst.Failed, worst.Errors), worst.Unfinished})
+		}
+	}
+	fmt.Fprintf(out, "\n%s\n%s\n\n%s\n", about, t.Render(), p.Render())
 	if file != "" {
-		errs = append(errs, os.WriteFile(file, []byte("# Fail-over\n\n"+about+"\n\n"+t.RenderMarkdown()+"\n"), 0o644))
+		errs = append(errs, os.WriteFile(file, []byte("# Fail-over\n\n"+about+"\n\n"+t.RenderMarkdown()+"\n\n"+p.RenderMarkdown()+"\n"), 0o644))
 	}
 	return errors.Join(errs...)
 }
@@ -236,8 +249,8 @@ func measure(out io.Writer, c contender, trials int) (all []outcomes, err error)
 				break
 			}
 			o.trials = append(o.trials, t)
-			fmt.Fprintf(out, "  %s: %s for the worst client, %s for the middle one, %d failed (%d refused)\n",
-				s.name, round(t.worst), round(t.median), t.failed, t.refused)
+			fmt.Fprintf(out, "  %s: %s for the worst client, %s for the middle one, %d failed (%d refused); ordinary clients: %s\n",
+				s.name, round(t.worst), round(t.median), t.failed, t.refused, &seen{Waits: t.waits})
 		}
 		all = append(all, o)
 		if o.failure != nil {
@@ -256,13 +269,21 @@ func (c contender) try(m *lab.Mesh, s scenario) (t trial, err error) {
 	if err != nil {
 		return t, err
 	}
-	running := true
+	running := []*lab.Run{run}
 	defer func() {
-		if running {
-			_, e := run.Stop()
+		for _, r := range running {
+			_, e := r.Stop()
 			err = errors.Join(err, e)
 		}
 	}()
+	patient, err := m.Client.StartOrdinary(beside(m.VIP()))
+	if err != nil {
+		return t, err
+	}
+	running = append(running, patient)
+	if err := lab.Await(hopeless, func() error { return connected(patient) }); err != nil {
+		return t, err
+	}
 	time.Sleep(steady)
 	owner, err := c.owner(m, s)
 	if err != nil {
@@ -274,14 +295,19 @@ func (c contender) try(m *lab.Mesh, s scenario) (t trial, err error) {
 	}
 	err = lab.Await(hopeless, func() error { return servedAgain(run.Samples(), m.Client.Sources[:askers], from, s) })
 	if err == nil {
-		time.Sleep(late)
+		time.Sleep(max(late, time.Until(from.Add(overdue))))
 	}
 	to := time.Now()
-	err = errors.Join(err, s.mend(c, owner))
-	running = false
+	running = nil
+	waited, e := patient.Stop()
+	err = errors.Join(err, e, s.mend(c, owner))
 	samples, e := run.Stop()
 	if err := errors.Join(err, e); err != nil {
 		return t, err
+	}
+	fault := lab.Fault{At: from, Until: to}
+	if s.takes {
+		fault.Node = owner.Name
 	}
 	r := lab.Summarize(samples, from, to)
 	var gaps []time.Duration
@@ -289,7 +315,8 @@ func (c contender) try(m *lab.Mesh, s scenario) (t trial, err error) {
 		gaps = append(gaps, gap)
 	}
 	slices.Sort(gaps)
-	return trial{worst: gaps[len(gaps)-1], median: gaps[len(gaps)/2], failed: r.Failed, refused: r.Errors["refused"]}, nil
+	return trial{worst: gaps[len(gaps)-1], median: gaps[len(gaps)/2], failed: r.Failed, refused: r.Errors["refused"],
+		waits: lab.Judge(waited, []lab.Fault{fault}, holderOf(m.Recorder), mostWait)}, nil
 }
 
 // owner is who has the VIP; arranged so that the store's leader is there, or is not, as
