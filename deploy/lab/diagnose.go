@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -43,6 +44,24 @@ func (m *Mesh) Diagnose(client netip.AddrPort) string {
 	neighbours, err := m.neighbours()
 	add(m.Client.Host, "list neighbours", neighbours, err)
 	return b.String()
+}
+
+// Known reports whether a node that has power has an established connection with a client.
+func (m *Mesh) Known(client netip.AddrPort) (bool, error) {
+	for _, n := range m.Nodes {
+		h := n.Host()
+		if h == nil {
+			continue
+		}
+		lines, err := h.sockets(client)
+		if err != nil {
+			return false, fmt.Errorf("list the sockets of %s: %w", n.Name, err)
+		}
+		if slices.ContainsFunc(lines, func(l string) bool { return strings.Contains(l, " established,") }) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 var tcpStates = []string{"0", "established", "syn-sent", "syn-received", "fin-wait-1", "fin-wait-2", "time-wait",

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -64,6 +65,7 @@ type storm struct {
 	wire  *lab.Wire
 	start time.Time
 
+	order  []*lab.Node // of the last group: by rank
 	groups []group
 	ends   []time.Time // of the groups
 	faults []struck
@@ -86,7 +88,7 @@ func chaos(out io.Writer, o chaosOptions) (err error) {
 	if err := mesh.WaitHealthy(ready); err != nil {
 		return err
 	}
-	s := &storm{Mesh: mesh, out: out, setting: setting{len(mesh.Nodes), o.ExternalStore, ttls[o.Timing]}}
+	s := &storm{Mesh: mesh, out: out, setting: setting{len(mesh.Nodes), o.ExternalStore, ttls[o.Timing], o.duration > longRun}}
 	if s.wire, err = mesh.WatchWire(); err != nil {
 		return err
 	}
@@ -94,15 +96,45 @@ func chaos(out io.Writer, o chaosOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	patient, err := mesh.Client.StartOrdinary(lab.Ordinary{Target: mesh.VIP(), Calls: 20, Connections: 10, Slow: 4, Watches: 10})
+	if err != nil {
+		_, e := run.Stop()
+		return errors.Join(err, e)
+	}
 	s.start = time.Now()
 	time.Sleep(calm)
 	failure := s.rage(newPlanner(s.setting, o.seed), o.duration)
 	end := time.Now()
+	failure = errors.Join(failure, s.findDead(patient))
 	samples, err := run.Stop()
-	if err := errors.Join(failure, err); err != nil {
+	waited, e := patient.Stop()
+	if err := errors.Join(failure, err, e); err != nil {
 		return err
 	}
-	return s.verdict(samples, end)
+	return s.verdict(samples, waited, end)
+}
+
+// findDead finds watches that wait at the end for a connection which no node has. By
+// themselves they would not tell for a long time, as they are silent.
+func (s *storm) findDead(patient *lab.Run) error {
+	samples, err := patient.UnderWay()
+	if err != nil {
+		return err
+	}
+	for _, w := range samples {
+		if w.Kind != lab.Watch || w.Backend == "" {
+			continue
+		}
+		client := netip.AddrPortFrom(w.Source, w.Port)
+		known, err := s.Known(client)
+		if err != nil {
+			return err
+		}
+		if !known {
+			s.breach("a watch of %s, connected %s, hangs: no node has its connection\n%s", client, s.when(w.Connected), s.Diagnose(client))
+		}
+	}
+	return nil
 }
 
 func keepLogs(m *lab.Mesh, dir string) error {
@@ -129,6 +161,9 @@ func (s *storm) rage(p *planner, duration time.Duration) error {
 			return nil
 		}
 		s.say("healthy again after %s", round(time.Since(ended)))
+		if g.hurry {
+			continue
+		}
 		time.Sleep(calm)
 		if g.quiet {
 			time.Sleep(time.Until(ended.Add(aftermath + calm)))
@@ -151,7 +186,9 @@ func (s *storm) breach(format string, args ...any) {
 
 // strike does one group of faults, each from its time on and for its length.
 func (s *storm) strike(g group) error {
-	order := s.byRank()
+	if !g.again {
+		s.order = s.byRank()
+	}
 	type act struct {
 		at time.Duration
 		do func() error
@@ -162,8 +199,8 @@ func (s *storm) strike(g group) error {
 		hit := struck{fault: f, group: len(s.groups)}
 		var nodes []*lab.Node
 		for _, rank := range f.nodes {
-			nodes = append(nodes, order[rank])
-			hit.names = append(hit.names, order[rank].Name)
+			nodes = append(nodes, s.order[rank])
+			hit.names = append(hit.names, s.order[rank].Name)
 		}
 		var end func() error
 		index := 0
@@ -226,6 +263,7 @@ type account struct {
 	two, twoExcused       time.Duration // kernels with the address
 	wire, wireExcused     int           // requests answered by several
 	requests, lost, stray int
+	patient               lab.Waits
 	breaches              []string
 }
 
@@ -270,6 +308,46 @@ func (s *storm) settle(samples []lab.Sample, holding lab.Holding, doubles []lab.
 		a.breaches = append(a.breaches, fmt.Sprintf("%s: a request of %v was lost outside every fault: %s", s.when(sample.Start), sample.Source, sample.Error))
 	}
 	return a
+}
+
+// weigh judges what ordinary clients saw.
+func (s *storm) weigh(a *account, waited []lab.Sample, holder func(time.Time) string) {
+	var faults []lab.Fault
+	for _, f := range s.faults {
+		// Without the node: what is short enough takes no connection.
+		faults = append(faults, lab.Fault{At: f.began, Until: f.ended})
+	}
+	a.patient = lab.Judge(waited, faults, nil, mostWait)
+	for _, w := range a.patient.Above {
+		if allowed := s.patience(w, holder); w.Beyond > allowed {
+			a.breaches = append(a.breaches, fmt.Sprintf("%s: more than %s: %s", s.when(w.Start), round(allowed), w))
+		}
+	}
+	for _, w := range a.patient.Unexplained {
+		a.breaches = append(a.breaches, fmt.Sprintf("%s: outside every fault: %s", s.when(w.Start), w))
+	}
+}
+
+// patience is how long an ordinary client may wait: 2 s and, on top, as long as the longest
+// fault in its wait that cut off its API server or the VIP's holder; where no majority was
+// left, until there could be a holder again.
+func (s *storm) patience(w lab.Wait, holder func(time.Time) string) time.Duration {
+	from := w.End.Add(-w.Beyond)
+	longest := time.Duration(0)
+	for _, f := range s.faults {
+		if f.ended.Before(from) || f.began.After(w.End) {
+			continue
+		}
+		if s.groups[f.group].vacant {
+			longest = max(longest, s.ends[f.group].Sub(f.began)+s.takeover()+restored)
+		}
+		touched := w.Backend == "" || slices.Contains(f.names, w.Backend) || slices.Contains(f.names, holder(from)) ||
+			!w.Connected.IsZero() && slices.Contains(f.names, holder(w.Connected))
+		if f.costs && touched {
+			longest = max(longest, f.ended.Sub(f.began))
+		}
+	}
+	return longest + mostWait
 }
 
 func (s *storm) when(t time.Time) string {
@@ -333,8 +411,9 @@ func (s *storm) excused(at time.Time) bool {
 	})
 }
 
-func (s *storm) verdict(samples []lab.Sample, end time.Time) error {
+func (s *storm) verdict(samples, waited []lab.Sample, end time.Time) error {
 	a := s.settle(samples, s.Recorder.Between(s.start, end), s.wire.Doubles(s.start, end))
+	s.weigh(&a, waited, holderOf(s.Recorder))
 	t := table.NewWriter()
 	t.SetOutputMirror(s.out)
 	t.SetStyle(table.StyleLight)
@@ -355,9 +434,11 @@ without holder  %s
 two kernels     %s, and %s after a freeze or a kill with the guard
 two on the wire %d requests, and %d then
 requests lost   %d of %d, %d of them outside every fault's window (the fault and %s)
+ordinary ones   %d, %s failed, %d unfinished; longest wait %s
 samples         every 10ms, at worst %s
 `, round(end.Sub(s.start)), len(s.groups), round(a.vacant), round(a.two), round(a.twoExcused), a.wire, a.wireExcused,
-		a.lost, a.requests, a.stray, aftermath, round(lapse))
+		a.lost, a.requests, a.stray, aftermath,
+		a.patient.Number, counted(a.patient.Failed, a.patient.Errors), a.patient.Unfinished, round(a.patient.Longest), round(lapse))
 	if len(a.breaches) == 0 {
 		fmt.Fprintln(s.out, "no promise was broken")
 		return nil

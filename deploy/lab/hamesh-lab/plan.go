@@ -36,7 +36,12 @@ type setting struct {
 	nodes    int
 	external bool
 	ttl      time.Duration // of a lease
+	long     bool          // the run is long enough for what takes its time
 }
+
+// longRun is how long a run lasts, at least, in which every fault strikes twice and one
+// node after the other is cut for long.
+const longRun = 3 * time.Minute
 
 // takeover is the longest time in which a mesh with a majority gets a new holder.
 func (s setting) takeover() time.Duration {
@@ -54,6 +59,7 @@ type kind struct {
 	store       storeKind
 	// costs: the last of its nodes counts as lost to the majority while it lasts.
 	costs bool
+	cable bool // it cuts its node off from everything
 	// parts are what it takes hold of, of its nodes and beyond: no two faults at once
 	// may take hold of the same.
 	parts func(nodes []int) []string
@@ -113,7 +119,7 @@ var kinds = []kind{
 		},
 	},
 	{
-		name: "unplugged", least: 300 * milli, most: 4 * second, nodes: 1, store: anyStore, costs: true,
+		name: "unplugged", least: 300 * milli, most: 4 * second, nodes: 1, store: anyStore, costs: true, cable: true,
 		parts: partsOf("link"), bound: takeover, why: whyLost,
 		begin: func(_ *lab.Mesh, n []*lab.Node, _ time.Duration) (func() error, error) {
 			p := n[0].Port()
@@ -121,7 +127,7 @@ var kinds = []kind{
 		},
 	},
 	{
-		name: "isolated", least: 200 * milli, most: 4 * second, nodes: 1, store: anyStore, costs: true,
+		name: "isolated", least: 200 * milli, most: 4 * second, nodes: 1, store: anyStore, costs: true, cable: true,
 		parts: partsOf("link"), bound: takeover, why: whyLost,
 		begin: func(_ *lab.Mesh, n []*lab.Node, _ time.Duration) (func() error, error) {
 			p := n[0].Port()
@@ -161,6 +167,20 @@ var kinds = []kind{
 		parts: partsOf("link"), bound: stays, why: whyUnmoved,
 		begin: func(m *lab.Mesh, n []*lab.Node, _ time.Duration) (func() error, error) {
 			return oneWay(m, n[:1], n[1:])
+		},
+	},
+	{
+		name: "two agents apart", least: 200 * milli, most: 4 * second, nodes: 2, store: anyStore, costs: true,
+		parts: partsOf("link"), bound: stays, why: whyUnmoved,
+		begin: func(m *lab.Mesh, n []*lab.Node, _ time.Duration) (func() error, error) {
+			return m.Switch.Partition(lab.Frames{TCPPort: lab.MeshPort}, ports(n[:1]), ports(n[1:]))
+		},
+	},
+	{
+		name: "two members of the store apart", least: 200 * milli, most: 4 * second, nodes: 2, store: embeddedAway,
+		parts: partsOf("link"), bound: stays, why: whyUnmoved,
+		begin: func(m *lab.Mesh, n []*lab.Node, _ time.Duration) (func() error, error) {
+			return m.Switch.Partition(lab.Frames{TCPPort: lab.StorePort}, ports(n[:1]), ports(n[1:]))
 		},
 	},
 	{
@@ -327,6 +347,9 @@ type group struct {
 	// to take over with, is left.
 	vacant bool
 	quiet  bool // nothing follows until every window has ended
+
+	hurry bool // the next group follows as soon as the mesh is healthy
+	again bool // its nodes are those of the group before, whoever holds the VIP now
 }
 
 // planner draws groups of faults; the same seed draws the same ones. Like from a pack of
@@ -336,6 +359,7 @@ type planner struct {
 	rng   *rand.Rand
 	pack  []*kind
 	count int
+	queue []group // come before anything new
 }
 
 func newPlanner(s setting, seed uint64) *planner {
@@ -355,7 +379,43 @@ func (p *planner) shuffle() {
 // spare is how many nodes can be lost with a majority left.
 func (s setting) spare() int { return (s.nodes - 1) / 2 }
 
+// next draws a group. In a long run each strikes twice, and now and then an owner is cut
+// for long, and the next one once the first is back.
 func (p *planner) next() group {
+	if len(p.queue) == 0 {
+		g := p.fresh()
+		p.queue = []group{g}
+		if p.long && p.count%6 == 5 {
+			p.queue = p.oneAfterTheOther()
+		} else if p.long {
+			first, second := g, g
+			first.hurry, first.quiet, second.again = true, false, true
+			p.queue = []group{first, second}
+		}
+	}
+	g := p.queue[0]
+	p.queue = p.queue[1:]
+	return g
+}
+
+// oneAfterTheOther cuts an owner for 10 to 90 s, and then the one that has taken over.
+func (p *planner) oneAfterTheOther() []group {
+	var able []*kind
+	for i, k := range kinds {
+		if k.cable {
+			able = append(able, &kinds[i])
+		}
+	}
+	k := able[p.rng.IntN(len(able))]
+	long := 10*second + time.Duration(p.rng.Int64N(int64(80*second))).Truncate(milli)
+	vacant := p.spare() == 0
+	return []group{
+		{faults: []fault{{kind: k, length: long, nodes: []int{0}}}, vacant: vacant, hurry: true},
+		{faults: []fault{{kind: k, length: p.length(k), nodes: []int{0}}}, vacant: vacant, quiet: true},
+	}
+}
+
+func (p *planner) fresh() group {
 	p.count++
 	g := group{quiet: p.count%3 == 0}
 	if p.count%7 == 4 {

@@ -75,6 +75,89 @@ func TestPlanLeavesAMajority(t *testing.T) {
 	}
 }
 
+// TestPlanOfALongRun checks that every group strikes twice, on the same nodes, but those
+// that cut one owner for long and then the next.
+func TestPlanOfALongRun(t *testing.T) {
+	s := setting{nodes: 3, ttl: 3 * time.Second, long: true}
+	groups := plan(s, 3, 200)
+	if one, again := fmt.Sprint(groups), fmt.Sprint(plan(s, 3, 200)); one != again {
+		t.Error("the same seed planned other faults")
+	}
+	turns := 0
+	for i := 0; i < len(groups); i += 2 {
+		first, second := groups[i], groups[i+1]
+		if !first.hurry || second.hurry || first.again || first.quiet {
+			t.Fatalf("groups %d and %d do not belong together: %+v, %+v", i, i+1, first, second)
+		}
+		if second.again {
+			if !slices.EqualFunc(first.faults, second.faults, func(a, b fault) bool {
+				return a.kind == b.kind && a.at == b.at && a.length == b.length && slices.Equal(a.nodes, b.nodes)
+			}) {
+				t.Errorf("group %d is not the one before again: %v, %v", i+1, first, second)
+			}
+			continue
+		}
+		turns++
+		if f := first.faults[0]; len(first.faults) != 1 || !f.cable || f.length < 10*time.Second || f.length >= 90*time.Second {
+			t.Errorf("group %d: %v", i, first)
+		}
+		if f := second.faults[0]; len(second.faults) != 1 || !f.cable || f.nodes[0] != 0 || f.length >= f.most {
+			t.Errorf("group %d: %v", i+1, second)
+		}
+	}
+	if turns < 10 || turns > 30 {
+		t.Errorf("%d times of 100 one owner is cut after the other", turns)
+	}
+	for i, g := range plan(setting{nodes: 3, ttl: 3 * time.Second}, 3, 200) {
+		if g.hurry || g.again {
+			t.Errorf("group %d of a short run: %+v", i, g)
+		}
+	}
+}
+
+// TestPatience checks how long an ordinary client may wait in a storm.
+func TestPatience(t *testing.T) {
+	start := time.Now()
+	at := func(seconds float64) time.Time { return start.Add(time.Duration(seconds * float64(time.Second))) }
+	i := slices.IndexFunc(kinds, func(k kind) bool { return k.name == "agent frozen" })
+	j := slices.IndexFunc(kinds, func(k kind) bool { return k.name == "API server sick" })
+	holder := func(time.Time) string { return "a" }
+	call := func(begun, ended float64, backend, failure string) lab.Sample {
+		return lab.Sample{Kind: lab.Call, Start: at(begun), Connected: at(begun), End: at(ended), Backend: backend, Error: failure}
+	}
+	for _, test := range []struct {
+		name     string
+		kind     *kind
+		on       string
+		vacant   bool
+		sample   lab.Sample
+		breaches int
+	}{
+		{name: "answered in time", kind: &kinds[i], on: "b", sample: call(10, 12, "c", "")},
+		{name: "its server's node, for as long", kind: &kinds[i], on: "b", sample: call(10, 15.9, "b", "")},
+		{name: "its server's node, for longer", kind: &kinds[i], on: "b", sample: call(10, 16.1, "b", ""), breaches: 1},
+		{name: "the holder's node", kind: &kinds[i], on: "a", sample: call(10, 15.9, "c", "reset")},
+		{name: "another node", kind: &kinds[i], on: "b", sample: call(10, 12.1, "c", ""), breaches: 1},
+		{name: "a fault that takes no node", kind: &kinds[j], on: "a", sample: call(10, 12.1, "a", ""), breaches: 1},
+		{name: "no majority", kind: &kinds[i], on: "b", vacant: true, sample: call(10, 20.9, "c", "")},
+		{name: "another time", kind: &kinds[i], on: "b", sample: call(20, 22.1, "b", ""), breaches: 1},
+		{name: "an error outside", kind: &kinds[i], on: "b", sample: call(20, 20.1, "b", "reset"), breaches: 1},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := &storm{
+				setting: setting{nodes: 3, ttl: 3 * time.Second}, start: start,
+				groups: []group{{vacant: test.vacant}}, ends: []time.Time{at(14)},
+				faults: []struck{{fault: fault{kind: test.kind}, began: at(10), ended: at(14), names: []string{test.on}}},
+			}
+			var a account
+			s.weigh(&a, []lab.Sample{test.sample}, holder)
+			if len(a.breaches) != test.breaches {
+				t.Errorf("%d breaches, want %d: %q", len(a.breaches), test.breaches, a.breaches)
+			}
+		})
+	}
+}
+
 // TestJudgement checks what a storm calls a breach.
 func TestJudgement(t *testing.T) {
 	start := time.Now()
