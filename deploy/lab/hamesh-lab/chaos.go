@@ -329,22 +329,23 @@ func (s *storm) weigh(a *account, waited []lab.Sample, holder func(time.Time) st
 }
 
 // patience is how long an ordinary client may wait: 2 s and, on top, as long as the longest
-// fault in its wait that cut off its API server or the VIP's holder; where no majority was
+// fault in its time that cut off its API server or the VIP's holder; where no majority was
 // left, until there could be a holder again.
 func (s *storm) patience(w lab.Wait, holder func(time.Time) string) time.Duration {
-	from := w.End.Add(-w.Beyond)
+	from := w.End.Add(-w.Beyond - w.Delay)
 	longest := time.Duration(0)
 	for _, f := range s.faults {
-		if f.ended.Before(from) || f.began.After(w.End) {
-			continue
+		vacant, until := s.groups[f.group].vacant, f.ended
+		if vacant {
+			until = s.ends[f.group].Add(s.takeover() + restored)
 		}
-		if s.groups[f.group].vacant {
-			longest = max(longest, s.ends[f.group].Sub(f.began)+s.takeover()+restored)
+		if until.Before(from) || f.began.After(w.End) {
+			continue
 		}
 		touched := w.Backend == "" || slices.Contains(f.names, w.Backend) || slices.Contains(f.names, holder(from)) ||
 			!w.Connected.IsZero() && slices.Contains(f.names, holder(w.Connected))
-		if f.costs && touched {
-			longest = max(longest, f.ended.Sub(f.began))
+		if vacant || f.costs && touched {
+			longest = max(longest, until.Sub(f.began))
 		}
 	}
 	return longest + mostWait

@@ -353,10 +353,11 @@ func (s *stage) judge(samples []lab.Sample) *seen {
 	return &seen{Waits: lab.Judge(samples, s.struck(), s.holder(), mostWait)}
 }
 
-// elsewhere is how long it took from a time on until another node than this one held the
-// VIP; to the end, where none did.
-func (s *stage) elsewhere(from time.Time, node string) time.Duration {
-	to := time.Now()
+// elsewhere is how long it took from the last fault on until another node than this one
+// held the VIP; to the end, where none did.
+func (s *stage) elsewhere(node string) time.Duration {
+	faults := s.struck()
+	from, to := faults[len(faults)-1].At, time.Now()
 	for _, span := range s.Recorder.Between(from, to).Spans {
 		if slices.ContainsFunc(span.Holders, func(h string) bool { return h != node }) {
 			return span.From.Sub(from)
@@ -384,7 +385,6 @@ func (s *stage) cutOnce(trial int) (*seen, error) {
 	if err := s.begin(s.Client, lab.Ordinary{Calls: 200, Connections: 100, Watches: 200}); err != nil {
 		return nil, err
 	}
-	from := time.Now()
 	owner, mend, err := s.cutOwner(trial)
 	if err != nil {
 		return nil, err
@@ -395,7 +395,7 @@ func (s *stage) cutOnce(trial int) (*seen, error) {
 		return nil, err
 	}
 	got := s.judge(samples)
-	got.takeover, got.note = s.elsewhere(from, owner.Name), owner.Name+" was cut"
+	got.takeover, got.note = s.elsewhere(owner.Name), owner.Name+" was cut"
 	return got, nil
 }
 
@@ -423,12 +423,11 @@ func (s *stage) cutSecond(trial int) (*seen, error) {
 			return nil, err
 		}
 	}
-	from := time.Now()
 	if owner, mend, err = s.cutOwner(trial / 2); err != nil {
 		return nil, err
 	}
 	time.Sleep(soon)
-	got := &seen{takeover: s.elsewhere(from, owner.Name), note: fmt.Sprintf("%s was cut, %s led the store", owner.Name, leader)}
+	got := &seen{takeover: s.elsewhere(owner.Name), note: fmt.Sprintf("%s was cut, %s led the store", owner.Name, leader)}
 	return got, mend()
 }
 
@@ -467,7 +466,7 @@ func (s *stage) cutAgain(trial int) (*seen, error) {
 		// Nobody can be served while nobody holds the VIP.
 		return w.Beyond-vacant(s.Recorder.Between(w.End.Add(-w.Beyond), w.End)) <= mostWait
 	})
-	got.takeover, got.note = s.elsewhere(from, owner.Name), fmt.Sprintf("%s was cut for %s", owner.Name, round(length))
+	got.takeover, got.note = s.elsewhere(owner.Name), fmt.Sprintf("%s was cut for %s", owner.Name, round(length))
 	return got, nil
 }
 

@@ -139,6 +139,12 @@ func TestPatience(t *testing.T) {
 		{name: "the holder's node", kind: &kinds[i], on: "a", sample: call(10, 15.9, "c", "reset")},
 		{name: "another node", kind: &kinds[i], on: "b", sample: call(10, 12.1, "c", ""), breaches: 1},
 		{name: "a fault that takes no node", kind: &kinds[j], on: "a", sample: call(10, 12.1, "a", ""), breaches: 1},
+		{name: "begun in the fault, for longer than its delay", kind: &kinds[i], on: "a", sample: func() lab.Sample {
+			s := call(13.9, 18, "c", "")
+			s.Delay = time.Second
+			return s
+		}()},
+		{name: "no majority yet", kind: &kinds[i], on: "b", vacant: true, sample: call(15, 18, "c", "")},
 		{name: "no majority", kind: &kinds[i], on: "b", vacant: true, sample: call(10, 20.9, "c", "")},
 		{name: "another time", kind: &kinds[i], on: "b", sample: call(20, 22.1, "b", ""), breaches: 1},
 		{name: "an error outside", kind: &kinds[i], on: "b", sample: call(20, 20.1, "b", "reset"), breaches: 1},
