@@ -53,7 +53,7 @@ var ordeals = []ordeal{
 		try:    (*stage).cutOnce,
 	},
 	{
-		name: "second", what: "an owner is cut after the one before it came back", trials: 4,
+		name: "second", what: "an owner is cut after the one before it came back", trials: 8,
 		bounds: bounds{takeover: 600 * time.Millisecond},
 		try:    (*stage).cutSecond,
 	},
@@ -399,9 +399,10 @@ func (s *stage) cutOnce(trial int) (*seen, error) {
 	return got, nil
 }
 
-// cutSecond cuts an owner that took over from one that came back since.
+// cutSecond cuts an owner that took over from one that came back since. By turns it has the
+// store's leader with it, and by turns the first and the second are cut in either way.
 func (s *stage) cutSecond(trial int) (*seen, error) {
-	_, mend, err := s.cutOwner(trial)
+	_, mend, err := s.cutOwner(trial / 2)
 	if err != nil {
 		return nil, err
 	}
@@ -423,7 +424,7 @@ func (s *stage) cutSecond(trial int) (*seen, error) {
 			return nil, err
 		}
 	}
-	if owner, mend, err = s.cutOwner(trial / 2); err != nil {
+	if owner, mend, err = s.cutOwner(trial / 4); err != nil {
 		return nil, err
 	}
 	time.Sleep(soon)
