@@ -296,7 +296,9 @@ func (s *stage) diagnose() error {
 			return err
 		}
 		for _, w := range lab.Judge(samples, faults, s.holder(), hanging).Above {
-			if client := netip.AddrPortFrom(w.Source, w.Port); !told[client] && left > 0 {
+			// Who hangs since an earlier fault has less to tell by now.
+			fresh := w.Fault == nil || w.Fault.At.Equal(faults[fault-1].At)
+			if client := netip.AddrPortFrom(w.Source, w.Port); fresh && !told[client] && left > 0 {
 				told[client] = true
 				left--
 				fmt.Fprintf(s.out, "  hangs: %s\n%s", w, indent(s.Diagnose(client)))
