@@ -146,3 +146,58 @@ func TestDeathDuringDrain(t *testing.T) {
 		onlyTheAddress(t, m)
 	})
 }
+
+// TestKeptOutliveTheForwarder cuts the owner off while a drained node still serves connections
+// that it had before: whoever takes the VIP sends their packets on to it, though nobody has
+// given it the VIP.
+func TestKeptOutliveTheForwarder(t *testing.T) {
+	m := newMesh(t, lab.Options{})
+	healthy(t, m)
+	keeper := owner(t, m)
+	run := load(t, m, lab.Load{Streams: 40, Interval: 50 * time.Millisecond})
+	if err := lab.Await(10*time.Second, func() error {
+		if r := lab.Summarize(run.Samples(), time.Time{}, time.Now()); r.Streams < 40 {
+			return fmt.Errorf("%d of 40 streams have begun", r.Streams)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if _, stderr, status, err := keeper.Hactl("drain", keeper.Name); err != nil || status != 0 {
+		t.Fatalf("drain: %d %s %v", status, stderr, err)
+	}
+	var forwarder *lab.Node
+	if err := lab.Await(10*time.Second, func() error {
+		n, err := m.WaitOwner(0)
+		if err == nil && n == keeper {
+			err = fmt.Errorf("%s still has the VIP", n.Name)
+		}
+		forwarder = n
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // the segment has turned
+	cut := time.Now()
+	if err := forwarder.Port().Isolate(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(3 * time.Second)
+	r := lab.Summarize(run.Samples(), cut, time.Now())
+	t.Logf("%s was cut, which forwarded to %s: %d of %d streams broke %v, longest silence %v", forwarder.Name, keeper.Name, r.Broken, r.Streams, r.Breaks, r.Silence)
+	samples, err := run.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range samples {
+		if s.Kind == lab.Broken && s.End.After(cut) && s.Backend != forwarder.Name {
+			t.Errorf("the stream of %v with the API server of %s broke: %s", s.Source, s.Backend, s.Error)
+		}
+	}
+	if r.Silence > 2*time.Second {
+		t.Errorf("a stream was silent for %v", r.Silence)
+	}
+	if err := forwarder.Port().Rejoin(); err != nil {
+		t.Fatal(err)
+	}
+}

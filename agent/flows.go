@@ -75,8 +75,8 @@ type flows struct {
 
 	mu     sync.Mutex
 	mine   map[through]map[netip.AddrPort]uint64 // to the connection's number
-	theirs map[string]*theirFlows // by member
-	past   map[string]*theirFlows // those of the boot before
+	theirs map[string]*theirFlows                // by member
+	past   map[string]*theirFlows                // those of the boot before
 	links  map[*flowLink]struct{}
 
 	// Of its own, and held for moments: the keeper takes it before it takes an address off.

@@ -67,6 +67,8 @@ type handing struct {
 	// peer says whether another member serves connections of the VIP that it gave away,
 	// and whom it forwards others to, or did before it became the owner.
 	peer func(name, vip string) (keeps bool, next string)
+	// left is whom the owner before this node forwarded to at last; empty: nobody.
+	left func(vip string) string
 	log  hclog.Logger
 
 	vips map[string]*handed // every VIP; the map itself never changes
@@ -172,14 +174,22 @@ func (h *handing) give(hold ownership.Hold) {
 	})
 }
 
-// take prepares for the address to be put on. Taken from nobody, or from a dead one, what
-// is unknown here is to be reset.
+// take prepares for the address to be put on. Taken from a member that has died, what is
+// unknown here goes on to whoever that one forwarded to, or this node did: clients of the dead
+// are reset there. Where nobody keeps connections, they are reset here.
 func (h *handing) take(hold ownership.Hold) {
 	if h.kernel == nil {
 		return
 	}
 	h.within(hold.VIP, func(v *handed) {
-		h.forward(hold.VIP, v, hold.Peer)
+		from := hold.Peer
+		if from == "" {
+			from = h.behind(hold.VIP, h.left(hold.VIP), h.self)
+		}
+		if from == "" {
+			from = h.behind(hold.VIP, v.from, h.self)
+		}
+		h.forward(hold.VIP, v, from)
 		h.lookArrival(hold.VIP, v)
 	})
 }
@@ -371,7 +381,7 @@ func (a *Agent) openHanding() {
 	h := &handing{
 		self: a.cfg.Node.Name, patience: a.cfg.Timing.SuspectAfter / 2, log: a.log.Named("handover"), vips: map[string]*handed{},
 		address: func(vip string) netip.Addr { return a.vip(vip).Address },
-		target:  a.forwardTarget, arrival: a.arrival, peer: a.keptBy,
+		target:  a.forwardTarget, arrival: a.arrival, peer: a.keptBy, left: a.leftBehind,
 		count: time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
 	}
 	for _, v := range a.cfg.VIPs {
@@ -421,6 +431,23 @@ func (a *Agent) keptBy(name, vip string) (keeps bool, next string) {
 		}
 	}
 	return keeps, a.board.next[name+"/"+vip]
+}
+
+// leftBehind is whom the member that owned a VIP before this agent, or still does, forwarded
+// unknown connections to when it was last heard.
+func (a *Agent) leftBehind(vip string) string {
+	a.board.mu.Lock()
+	defer a.board.mu.Unlock()
+	before := a.board.owners[vip].owner
+	if before == a.cfg.Node.Name {
+		before = a.board.owners[vip].before
+	}
+	for _, v := range a.board.peers[before].GetVips() {
+		if v.GetName() == vip {
+			return v.GetForwardsTo()
+		}
+	}
+	return ""
 }
 
 // ownerOf is the owner of a VIP as this agent last knew it.

@@ -136,6 +136,7 @@ func TestForwardsAreResumed(t *testing.T) {
 					target:  func(string, string) netip.Addr { return c.fixed },
 					arrival: func(string) netip.Addr { return netip.Addr{} },
 					peer:    func(string, string) (bool, string) { return false, "" }, // not heard
+					left:    func(string) string { return "" },
 					count:   time.NewTicker(drainLook), chain: time.NewTicker(chainLook),
 					vips: map[string]*handed{"v": {}},
 				}
@@ -162,6 +163,42 @@ func TestForwardsAreResumed(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// Whoever takes a VIP from a dead member goes on to forward to those that still serve
+// connections that they had before: those that the dead one forwarded to, or this node did.
+func TestForwardsOutliveTheForwarder(t *testing.T) {
+	vip := netip.MustParseAddr("10.77.0.100")
+	address := map[string]netip.Addr{"cp-2": netip.MustParseAddr("10.77.0.12"), "cp-3": netip.MustParseAddr("10.77.0.13")}
+	for name, c := range map[string]struct {
+		keep string // who keeps connections
+		left string // whom the dead one forwarded to
+		from string // whom this node forwarded to
+		want string
+	}{
+		"nobody keeps any":                {"", "", "", ""},
+		"the dead one forwarded":          {"cp-2", "cp-2", "", "cp-2"},
+		"to one that keeps no more":       {"", "cp-2", "", ""},
+		"to this node, which did as well": {"cp-2", "cp-1", "cp-2", "cp-2"},
+		"to this node, and on to itself":  {"", "cp-1", "cp-3", ""},
+	} {
+		kernel := forwards{to: map[netip.Addr]netip.Addr{}}
+		h := &handing{
+			self: "cp-1", patience: time.Second, kernel: kernel, ports: []uint16{16443}, log: hclog.NewNullLogger(),
+			address: func(string) netip.Addr { return vip },
+			target:  func(_, member string) netip.Addr { return address[member] },
+			arrival: func(string) netip.Addr { return netip.Addr{} },
+			peer:    func(member, _ string) (bool, string) { return member == c.keep, "" },
+			left:    func(string) string { return c.left },
+			count:   time.NewTicker(time.Hour), chain: time.NewTicker(time.Hour),
+			vips: map[string]*handed{"v": {from: c.from}},
+		}
+		h.vips["v"].toldFrom.Store(&c.from)
+		h.take(ownership.Hold{VIP: "v", On: true, Gen: 2})
+		if got := h.vips["v"].from; got != c.want {
+			t.Errorf("%s: forwards to %q, want %q", name, got, c.want)
+		}
 	}
 }
 

@@ -36,6 +36,7 @@ type board struct {
 // tenure is the present ownership of a VIP as this agent has seen it come about.
 type tenure struct {
 	owner       string
+	before      string // the owner before; empty: none is known
 	epoch       int64
 	since       time.Time
 	transitions uint32
@@ -71,6 +72,7 @@ func (b *board) noteChange(c ownership.Change, at time.Time) (was tenure, known 
 	if !known || c.Epoch != t.epoch || c.Owner != t.owner {
 		if t.owner != "" && c.Owner != t.owner {
 			t.transitions++
+			t.before = t.owner
 		}
 		t.owner, t.epoch, t.since = c.Owner, c.Epoch, at
 		b.owners[c.VIP] = t

@@ -23,8 +23,8 @@ const (
 // answer comes to this node, which has no such connection, and its kernel resets it. So a
 // client that only waits learns in a round trip what keep-alive would tell it in minutes.
 //
-// The VIP has to be on here and announced, and unknown packets must not be forwarded. A
-// client without that connection is not harmed: its kernel sends a reset here. Once in half
+// The VIP has to be on here and announced. Where unknown packets are forwarded, it is the
+// node at the end of that which resets. A client without that connection is not harmed: its kernel sends a reset here. Once in half
 // a second, at most, a kernel answers for the same connection (tcp_invalid_ratelimit).
 //
 // It needs CAP_NET_RAW, returns early when ctx ends, and takes a millisecond for 20 clients.
