@@ -33,6 +33,10 @@ type Config struct {
 	// LeaseTTL is the store's lease TTL, which is also how long a dead owner's kernel
 	// keeps the address and answers for it: one announcement follows soon after.
 	LeaseTTL time.Duration
+	// May, if not nil, says whether a VIP may be announced at this moment, from Run's
+	// goroutine: a process that goes on after it was frozen sends what is due before anybody
+	// has told it that it has lost the VIP, and neighbours would believe it for 10 s.
+	May func(vip string) bool
 	// Announced, if not nil, is called for each Start once its first announcement is
 	// out, from Run's goroutine: it must not block.
 	Announced func(First)
@@ -220,10 +224,14 @@ func (a *Announcer) pause() time.Duration {
 }
 
 func (a *Announcer) announce(w wire, t *task) {
+	may := a.config.May == nil || a.config.May(t.target.VIP) // which may lock what Start is called with
 	a.mu.Lock()
 	current := a.tasks[t.target.VIP] == t
+	if !may {
+		t.next = a.config.after(t, time.Now())
+	}
 	a.mu.Unlock()
-	if !current {
+	if !current || !may {
 		return
 	}
 	err := w.announce(t.target)

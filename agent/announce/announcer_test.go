@@ -20,6 +20,9 @@ var (
 
 const ms = time.Millisecond
 
+// lost is the name of a VIP that may not be announced.
+const lost = "lost"
+
 // memory is a wire that remembers when it was used.
 type memory struct {
 	start time.Time
@@ -64,6 +67,7 @@ func inBubble(t *testing.T, f func(t *testing.T, a *Announcer, m *memory, first 
 		var firsts []First
 		a := New(hclog.NewNullLogger(), Config{
 			LeaseTTL:  3 * time.Second,
+			May:       func(vip string) bool { return vip != lost },
 			Announced: func(f First) { firsts = append(firsts, f) },
 		})
 		m := &memory{start: time.Now(), sent: make(map[string][]time.Duration)}
@@ -197,4 +201,19 @@ func TestRunFailsWithoutSockets(t *testing.T) {
 	if err := a.Run(t.Context()); !errors.Is(err, broken) {
 		t.Errorf("error %v", err)
 	}
+}
+
+// What is due may not go out if the VIP has been lost meanwhile.
+func TestAnnouncerAsks(t *testing.T) {
+	inBubble(t, func(t *testing.T, a *Announcer, m *memory, first func() []First) {
+		a.Start(vip4, 1)
+		a.Start(Target{lost, vip4.Addr, "eth0"}, 1)
+		time.Sleep(time.Minute)
+		if sent := m.times(lost); len(sent) > 0 {
+			t.Errorf("announced after %v though it may not be", sent)
+		}
+		if len(m.times("four")) == 0 || len(first()) != 1 {
+			t.Error("the other one was not announced")
+		}
+	})
 }

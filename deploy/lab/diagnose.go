@@ -69,14 +69,17 @@ var tcpStates = []string{"0", "established", "syn-sent", "syn-received", "fin-wa
 
 // sockets lists the TCP sockets that have the address at one of their ends.
 func (h *Host) sockets(of netip.AddrPort) (lines []string, err error) {
-	family := uint8(unix.AF_INET)
-	if of.Addr().Is6() {
-		family = unix.AF_INET6
-	}
 	var all []*netlink.InetDiagTCPInfoResp
-	err = h.Do(func() (err error) {
-		all, err = netlink.SocketDiagTCPInfo(family)
-		return err
+	err = h.Do(func() error {
+		// What a listener on [::] has accepted by IPv4 is among those of IPv6.
+		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+			found, err := netlink.SocketDiagTCPInfo(family)
+			if err != nil {
+				return err
+			}
+			all = append(all, found...)
+		}
+		return nil
 	})
 	is := func(ip net.IP, port uint16) bool {
 		a, ok := netip.AddrFromSlice(ip)
