@@ -23,6 +23,7 @@ import (
 	"github.com/hamesh/hamesh/agent/config"
 	tlsfiles "github.com/hamesh/hamesh/agent/credentials"
 	"github.com/hamesh/hamesh/agent/guard"
+	"github.com/hamesh/hamesh/agent/handover"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/peer"
@@ -53,6 +54,9 @@ const (
 	handOverWithin = 5 * time.Second
 	// aloneEvery is how often the only member of a mesh reads its store.
 	aloneEvery = time.Second
+	// keptBy is how long after a change of owner the one before keeps its connections at the
+	// latest, if it does: it takes the address off before, which has half of S, see handing.
+	keptBy = 500 * time.Millisecond
 	// changesKept is how many changes may wait for a slow log; more are not logged.
 	changesKept = 1024
 )
@@ -227,7 +231,9 @@ func (a *Agent) openKernel() (err error) {
 	if _, err := a.kernel.Sweep(); err != nil {
 		return err
 	}
-	a.announcer = announce.New(a.log.Named("announce"), announce.Config{LeaseTTL: a.cfg.Timing.LeaseTTL})
+	a.announcer = announce.New(a.log.Named("announce"), announce.Config{
+		LeaseTTL: a.cfg.Timing.LeaseTTL, May: func(vip string) bool { return a.keeper.wants(vip) },
+	})
 	a.keeper = newKeeper(a.kernel, a.managed, a.cfg.Timing.LeaseTTL, a.log)
 	var told sync.Map // VIP → ownership.AddressState
 	a.keeper.report = func(s ownership.AddressState) {
@@ -586,7 +592,9 @@ func (a *Agent) acked(from string, ack *hameshv1.ExchangeResponse, took time.Dur
 
 // heard takes what a heartbeat says beside the ownership protocol.
 func (a *Agent) heard(h *hameshv1.Heartbeat) {
-	a.board.hear(h)
+	if a.board.hear(h) {
+		poke(a.flows.wake)
+	}
 	for _, s := range a.services {
 		s.hear(h.GetMember(), h.GetBackends())
 	}
@@ -773,9 +781,30 @@ func (a *Agent) progress(p ownership.MoveProgress) {
 func (a *Agent) changed(c ownership.Change) {
 	was, known := a.board.noteChange(c, time.Now())
 	a.teller.owned(was, known, c)
+	if was.owner == a.cfg.Node.Name && c.Owner != was.owner && len(a.managed) > 0 {
+		a.group.Go(func() error { a.endStranded(c.VIP); return nil })
+	}
 	select {
 	case a.changes <- c:
 	default:
+	}
+}
+
+// endStranded ends what connections this node still has by a VIP that another member has
+// got without being given it: should the VIP come back before they have ended by themselves,
+// a client's next connection from the same port would be taken for one of them, and hang.
+func (a *Agent) endStranded(name string) {
+	select {
+	case <-a.ctx.Done():
+		return
+	case <-time.After(keptBy): // one that is given away in order is kept by then
+	}
+	n, err := handover.EndStranded(a.vip(name).Address)
+	switch {
+	case err != nil:
+		a.log.Warn("connections of a VIP that went elsewhere stay until they time out", "vip", name, "error", err)
+	case n > 0:
+		a.log.Info("ended connections of a VIP that went elsewhere", "vip", name, "connections", n)
 	}
 }
 

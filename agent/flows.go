@@ -63,8 +63,11 @@ type flows struct {
 	vips map[string]netip.Addr
 	// take returns which connections of a proxy have come and gone, and what to call when
 	// the others have been told; nil: nothing.
-	take   map[uint16]func() ([]proxy.Flow, func())
-	silent func(member string) bool
+	take map[uint16]func() ([]proxy.Flow, func())
+	// serves says whether a member may be serving connections by a VIP: it has the address,
+	// or keeps what it had when it gave the VIP away, by its newest word, and is heard.
+	serves func(member, vip string) bool
+	keeps  func(vip string) bool // this node serves what it had when it gave the VIP away
 	tell   func(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) error
 	ports  []uint16
 	log    hclog.Logger
@@ -77,11 +80,21 @@ type flows struct {
 	mine   map[through]map[netip.AddrPort]uint64 // to the connection's number
 	theirs map[string]*theirFlows                // by member
 	past   map[string]*theirFlows                // those of the boot before
-	links  map[*flowLink]struct{}
+	// lost are this member's connections that ended while it had no address to tell their
+	// clients from. The others are not told of their end until the clients are.
+	lost  *theirFlows
+	links map[*flowLink]struct{}
 
 	// Of its own, and held for moments: the keeper takes it before it takes an address off.
 	takenMu sync.Mutex
-	taken   map[string]uint64 // VIP → generation of the hold by which this node has it
+	taken   map[string]hold
+}
+
+// hold is how a VIP is on here, or last was.
+type hold struct {
+	on              bool
+	gen             uint64 // generation of the hold by which this node has it
+	putOn, takenOff time.Time
 }
 
 // flowLink is what one other member has not been told yet.
@@ -96,16 +109,20 @@ type flowLink struct {
 
 type theirFlows struct {
 	boot  uint64
-	died  time.Time // when that was noticed; zero: it lives
 	flows map[through]clients
+	ended map[through]time.Time // when it was noticed to serve them no more
 	// told: their clients know, or are being told.
 	told map[through]bool
+}
+
+func newTheirFlows(boot uint64) *theirFlows {
+	return &theirFlows{boot: boot, flows: map[through]clients{}, ended: map[through]time.Time{}, told: map[through]bool{}}
 }
 
 func newFlows(self string, boot uint64, vips map[string]netip.Addr, ports []uint16, log hclog.Logger) *flows {
 	return &flows{
 		self: self, boot: boot, vips: vips, ports: ports, log: log, tell: handover.Tickle,
-		mine: map[through]map[netip.AddrPort]uint64{}, theirs: map[string]*theirFlows{}, past: map[string]*theirFlows{}, taken: map[string]uint64{},
+		mine: map[through]map[netip.AddrPort]uint64{}, theirs: map[string]*theirFlows{}, past: map[string]*theirFlows{}, taken: map[string]hold{}, lost: newTheirFlows(boot),
 		links: map[*flowLink]struct{}{}, wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
 		take: map[uint16]func() ([]proxy.Flow, func()){},
 	}
@@ -125,10 +142,10 @@ func (a *Agent) openFlows(boot uint64) {
 	for _, s := range a.services {
 		f.take[s.cfg.Port] = s.proxy.TakeFlows
 	}
-	f.silent = func(member string) bool {
-		a.board.mu.Lock()
-		defer a.board.mu.Unlock()
-		return a.board.silent[member]
+	f.serves = a.board.serves
+	f.keeps = func(vip string) bool {
+		keeps, _, _ := a.handing.keeps(vip)
+		return keeps
 	}
 	a.flows = f
 }
@@ -206,8 +223,13 @@ func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 			continue // the client's next connection was told of before
 		case c.Open:
 			f.mine[w][c.Client] = c.ID
+			delete(f.lost.flows[w], c.Client)
 		default:
 			delete(f.mine[w], c.Client)
+			if f.untellable(w.vip, c.At) {
+				f.lose(w, c.Client)
+				continue
+			}
 		}
 		for l := range f.links {
 			l.note(w, c.Client, c.Open)
@@ -225,6 +247,29 @@ func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 			l.told = append(l.told, told)
 		}
 		poke(l.wake)
+	}
+}
+
+// lose notes a client that has to be told that its connection has gone; f.mu is held.
+func (f *flows) lose(w through, client netip.AddrPort) {
+	if f.lost.flows[w] == nil {
+		f.lost.flows[w] = clients{}
+	}
+	f.lost.flows[w][client] = struct{}{}
+	f.lost.told[w] = false
+	poke(f.wake)
+}
+
+// found ends that for clients that have been told; f.mu is held.
+func (f *flows) found(w through, all iter.Seq[netip.AddrPort]) {
+	for c := range all {
+		if _, lost := f.lost.flows[w][c]; !lost {
+			continue // it is connected anew
+		}
+		delete(f.lost.flows[w], c)
+		for l := range f.links {
+			l.note(w, c, false)
+		}
 	}
 }
 
@@ -352,6 +397,11 @@ func (f *flows) subscribe() *flowLink {
 			l.note(w, c, true)
 		}
 	}
+	for w, all := range f.lost.flows {
+		for c := range all {
+			l.note(w, c, true)
+		}
+	}
 	f.links[l] = struct{}{}
 	poke(l.wake)
 	return l
@@ -413,22 +463,19 @@ func (f *flows) hear(member string, m *hameshv1.ShareFlowsRequest) {
 	switch {
 	case t == nil || m.GetBoot() > t.boot:
 		if t != nil {
-			if t.died.IsZero() {
-				t.died = time.Now()
-			}
 			f.past[member] = t // its connections died with it
 			poke(f.wake)
 		}
-		t = &theirFlows{boot: m.GetBoot(), flows: map[through]clients{}, told: map[through]bool{}}
+		t = newTheirFlows(m.GetBoot())
 		f.theirs[member] = t
 	case m.GetBoot() < t.boot:
 		return
 	}
-	t.died = time.Time{}
 	if m.GetAnew() || t.flows[w] == nil {
 		t.flows[w] = clients{}
 	}
 	t.told[w] = false
+	delete(t.ended, w)
 	for c := range unpack(m.GetClosed(), vip) {
 		delete(t.flows[w], c)
 	}
@@ -444,8 +491,9 @@ func (f *flows) hear(member string, m *hameshv1.ShareFlowsRequest) {
 func (f *flows) took(vip string, gen uint64) {
 	f.takenMu.Lock()
 	defer f.takenMu.Unlock()
-	if f.taken[vip] != gen {
-		f.taken[vip] = gen
+	if h := f.taken[vip]; !h.on || h.gen != gen {
+		h.on, h.gen, h.putOn = true, gen, time.Now()
+		f.taken[vip] = h
 		poke(f.wake)
 	}
 }
@@ -454,15 +502,25 @@ func (f *flows) took(vip string, gen uint64) {
 func (f *flows) gave(vip string) {
 	f.takenMu.Lock()
 	defer f.takenMu.Unlock()
-	delete(f.taken, vip)
+	h := f.taken[vip]
+	h.on, h.takenOff = false, time.Now()
+	f.taken[vip] = h
 }
 
 // has says by the hold of which generation a VIP is on here, if it is.
 func (f *flows) has(vip string) (gen uint64, here bool) {
 	f.takenMu.Lock()
 	defer f.takenMu.Unlock()
-	gen, here = f.taken[vip]
-	return gen, here
+	return f.taken[vip].gen, f.taken[vip].on
+}
+
+// untellable says whether the client of a connection that ended at that time could not be told
+// so: the VIP was off here, and connections were not kept.
+func (f *flows) untellable(vip string, at time.Time) bool {
+	f.takenMu.Lock()
+	h := f.taken[vip]
+	f.takenMu.Unlock()
+	return !h.takenOff.IsZero() && !at.Before(h.takenOff) && (!h.on || at.Before(h.putOn)) && !f.keeps(vip)
 }
 
 // news is whom to tell of what.
@@ -474,16 +532,27 @@ type news struct {
 	clients []netip.AddrPort
 }
 
-// bereaved finds the clients that are to be told: those of dead members, and of earlier
-// lives of others, through VIPs that are here.
+// bereaved finds the clients that are to be told: those of members, and of earlier lives of
+// others, that serve nobody through a VIP that is here.
 func (f *flows) bereaved() (all []news) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	find := func(member string, t *theirFlows) {
-		if time.Since(t.died) > flowsBereaved {
-			clear(t.flows)
-		}
+	find := func(member string, t *theirFlows, serves func(member, vip string) bool) {
 		for w, c := range t.flows {
+			if serves(member, w.vip) {
+				delete(t.ended, w)
+				continue
+			}
+			if t.ended[w].IsZero() {
+				t.ended[w] = time.Now()
+			}
+			switch {
+			case time.Since(t.ended[w]) <= flowsBereaved:
+			case t == f.lost:
+				f.found(w, maps.Keys(maps.Clone(c)))
+			default:
+				clear(c)
+			}
 			if gen, here := f.has(w.vip); here && !t.told[w] && len(c) > 0 {
 				t.told[w] = true
 				all = append(all, news{w, member, t, gen, slices.Collect(maps.Keys(c))})
@@ -491,18 +560,13 @@ func (f *flows) bereaved() (all []news) {
 		}
 	}
 	for member, t := range f.theirs {
-		switch {
-		case !f.silent(member):
-			t.died = time.Time{}
-			continue
-		case t.died.IsZero():
-			t.died = time.Now()
-		}
-		find(member, t)
+		find(member, t, f.serves)
 	}
+	never := func(string, string) bool { return false }
 	for member, t := range f.past {
-		find(member, t)
+		find(member, t, never)
 	}
+	find(f.self, f.lost, never)
 	return all
 }
 
@@ -511,11 +575,16 @@ func (f *flows) bereaved() (all []news) {
 func (f *flows) notify(ctx context.Context, n news) {
 	told, gone := false, false
 	defer func() {
-		if told {
-			return
-		}
 		f.mu.Lock()
 		defer f.mu.Unlock()
+		switch {
+		case !told:
+		case n.of == f.lost:
+			f.found(n.through, slices.Values(n.clients))
+			return
+		default:
+			return
+		}
 		n.of.told[n.through] = false
 		if gone {
 			poke(f.wake) // it may be back already

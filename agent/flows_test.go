@@ -27,7 +27,8 @@ var (
 func testFlows(self string) (f *flows, dead map[string]bool) {
 	dead = map[string]bool{}
 	f = newFlows(self, 7, map[string]netip.Addr{"v4": flowVIP, "v6": flowVIP6}, []uint16{16443}, hclog.NewNullLogger())
-	f.silent = func(member string) bool { return dead[member] }
+	f.keeps = func(string) bool { return false }
+	f.serves = func(member, _ string) bool { return !dead[member] }
 	return f, dead
 }
 
@@ -333,5 +334,51 @@ func TestFlowsDoNotHoldUpTheKeeper(t *testing.T) {
 	case <-done:
 	case <-time.After(10 * time.Second):
 		t.Fatal("taking an address off waits for what is known of clients")
+	}
+}
+
+// Clients of connections that ended while the VIP was off are told when it is back, here or
+// elsewhere, and not forgotten by the others before.
+func TestClientsLostMeanwhileAreTold(t *testing.T) {
+	owner, _ := testFlows("cp-1")
+	other, dead := testFlows("cp-2")
+	link := owner.subscribe()
+	client := hosts("10.77.0.50:4000", "10.77.0.51:4001", "10.77.0.52:4002")
+	end := func(c netip.AddrPort, at time.Time) {
+		id := owner.mine[through{"v4", 16443}][c]
+		owner.changed(16443, []proxy.Flow{{Client: c, Local: flowVIP, At: at, ID: id}}, nil)
+	}
+	owner.took("v4", 1)
+	see(owner, client...)
+	carry(owner, link, other)
+	end(client[0], time.Now()) // its client gets a reset
+	owner.gave("v4")
+	off := time.Now()
+	end(client[1], off)
+	carry(owner, link, other)
+
+	dead["cp-1"] = true // or rather, it has lost the VIP
+	other.took("v4", 2)
+	if got, want := told(other)["cp-1 v4"], client[1:]; !slices.Equal(got, want) {
+		t.Errorf("elsewhere told are %v, want %v", got, want)
+	}
+	owner.took("v4", 3)
+	end(client[2], off) // heard of late
+	n := owner.bereaved()
+	if len(n) != 1 || len(n[0].clients) != 2 {
+		t.Fatalf("when it is back, to be told are %v", n)
+	}
+	sent := 0
+	owner.tell = func(_ context.Context, _ netip.AddrPort, all []netip.AddrPort) error {
+		sent = len(all)
+		return nil
+	}
+	owner.notify(t.Context(), n[0])
+	carry(owner, link, other)
+	if left := other.theirs["cp-1"].flows[through{"v4", 16443}]; sent != 2 || len(left) != 0 {
+		t.Errorf("told %d, want 2; the other still knows of %v", sent, left)
+	}
+	if got := told(owner); len(got) > 0 {
+		t.Errorf("told again are %v", got)
 	}
 }

@@ -32,6 +32,9 @@ func (a *Agent) postGuard() (err error) {
 		CAFile: a.cfg.TLS.CAFile, CertFile: a.cfg.TLS.CertFile, KeyFile: a.cfg.TLS.KeyFile,
 		LogJSON: a.cfg.Log.Format == config.JSON, Lock: a.lock, Log: a.log.Named("guard"),
 	}
+	for _, p := range a.cfg.Proxies {
+		c.Ports = append(c.Ports, p.Port)
+	}
 	for _, m := range a.cfg.Members {
 		if m.Name != a.cfg.Node.Name {
 			c.Peers = append(c.Peers, guard.Peer{Name: m.Name, Address: netip.AddrPortFrom(m.Address, a.cfg.API.Port)})

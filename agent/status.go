@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,13 +90,30 @@ func (b *board) isSilent(member string) bool {
 	return b.silent[member]
 }
 
-// hear keeps a peer's newest heartbeat, and wakes watchers where it says something new.
-func (b *board) hear(h *hameshv1.Heartbeat) {
+// serves says whether a member may be serving connections by a VIP: it has the address, or
+// keeps what it had when it gave the VIP away, by its newest word, and is heard.
+func (b *board) serves(member, vip string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.silent[member] {
+		return false
+	}
+	for _, v := range b.peers[member].GetVips() {
+		if v.GetName() == vip {
+			return v.GetHolds() || v.GetKeeps()
+		}
+	}
+	return true // not heard yet
+}
+
+// hear keeps a peer's newest heartbeat, and wakes watchers where it says something new. It
+// says whether that is about connections that it serves.
+func (b *board) hear(h *hameshv1.Heartbeat) (serving bool) {
 	b.mu.Lock()
 	was := b.peers[h.GetMember()]
 	if was != nil && (h.GetBoot() < was.GetBoot() || (h.GetBoot() == was.GetBoot() && h.GetSequence() < was.GetSequence())) {
 		b.mu.Unlock()
-		return
+		return false
 	}
 	b.peers[h.GetMember()] = h
 	for _, v := range h.GetVips() {
@@ -107,6 +125,9 @@ func (b *board) hear(h *hameshv1.Heartbeat) {
 	if was == nil || was.GetReady() != h.GetReady() || was.GetEligible() != h.GetEligible() || was.GetReason() != h.GetReason() || holdsDiffer(was, h) {
 		b.notify()
 	}
+	return !slices.EqualFunc(was.GetVips(), h.GetVips(), func(v, w *hameshv1.VipReport) bool {
+		return (v.GetHolds() || v.GetKeeps()) == (w.GetHolds() || w.GetKeeps())
+	})
 }
 
 func holdsDiffer(a, b *hameshv1.Heartbeat) bool {

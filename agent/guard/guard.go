@@ -50,7 +50,8 @@ type Config struct {
 	Boot   uint64 // the agent's boot id
 	// VIPs are all that the agent may ever put on; lifetimes are ignored.
 	VIPs  []vip.Address
-	Peers []Peer // every other member
+	Ports []uint16 // the proxies'
+	Peers []Peer   // every other member
 	// CAFile, CertFile and KeyFile are the agent's own identity, in PEM; none with Insecure.
 	CAFile, CertFile, KeyFile string
 	Insecure                  bool // no TLS; for a lab only

@@ -101,7 +101,7 @@ func stand(o orders, in *os.File, log hclog.Logger) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var stranded sync.WaitGroup
-	stranded.Go(func() { endStranded(ctx, kernel, log) })
+	stranded.Go(func() { endStranded(ctx, kernel, o.Ports, log) })
 	defer stranded.Wait() // it uses the kernel
 	defer cancel()
 	end, err := watch(o.Agent, in, func() {

@@ -18,8 +18,9 @@ const strandedAfter = 50 * time.Millisecond
 // endStranded ends the connections of the VIPs that this node loses without handing them over,
 // until ctx ends: its link was cut, its agent is frozen or has ended. Programs on this node
 // that use the VIP have it at both ends, and would wait for each other for as long as TCP does.
-// An agent could be the one that is frozen, so it is the guard that looks.
-func endStranded(ctx context.Context, kernel *vip.Kernel, log hclog.Logger) {
+// An agent could be the one that is frozen, so it is the guard that looks. Other hosts' clients
+// at the proxies' ports are the agent's business.
+func endStranded(ctx context.Context, kernel *vip.Kernel, ports []uint16, log hclog.Logger) {
 	due := map[netip.Addr]time.Time{}
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -46,15 +47,15 @@ func endStranded(ctx context.Context, kernel *vip.Kernel, log hclog.Logger) {
 				continue
 			}
 			delete(due, addr)
-			end(addr, log)
+			end(addr, ports, log)
 		}
 		timer.Reset(next)
 	}
 }
 
 // end ends the connections of one address, unless it is here, or kept.
-func end(addr netip.Addr, log hclog.Logger) {
-	n, err := handover.EndStranded(addr)
+func end(addr netip.Addr, ports []uint16, log hclog.Logger) {
+	n, err := handover.EndStranded(addr, ports...)
 	switch {
 	case err != nil:
 		log.Warn("connections on this node may hang", "error", err)

@@ -78,10 +78,10 @@ func TestHoldBack(t *testing.T) {
 // Both ends of a connection within a node end with the address, unless it is here or kept.
 func TestEndStranded(t *testing.T) {
 	w := newWorld(t)
-	stranded := func(a Address) (n int) {
+	stranded := func(a Address, spared ...uint16) (n int) {
 		t.Helper()
 		must(t, w.a.host.Do(func() (err error) {
-			n, err = EndStranded(a.Addr)
+			n, err = EndStranded(a.Addr, spared...)
 			return err
 		}))
 		return n
@@ -99,11 +99,17 @@ func TestEndStranded(t *testing.T) {
 		}
 		within.mustEcho()
 		must(t, w.a.Unkeep(a.Addr))
-		if n := stranded(a); n != 3 { // two ends, and one
-			t.Errorf("%v: %d connections ended, want 3", a.Addr, n)
+		if n := stranded(a, port); n != 2 { // both ends
+			t.Errorf("%v: %d connections ended, want 2", a.Addr, n)
 		}
 		if err := within.echo(); !errors.Is(err, unix.ECONNABORTED) {
 			t.Errorf("%v: within the node: %v, want it to be aborted", a.Addr, err)
+		}
+		w.a.on(a)
+		remote.mustEcho() // it was spared
+		w.a.off(a)
+		if n := stranded(a); n != 1 {
+			t.Errorf("%v: %d connections ended, want 1", a.Addr, n)
 		}
 		must(t, remote.Close())
 	}

@@ -11,7 +11,7 @@ import (
 type connection struct{}
 
 // EndStranded returns an error that wraps ErrUnsupported: only Linux is supported.
-func EndStranded(netip.Addr) (int, error) {
+func EndStranded(netip.Addr, ...uint16) (int, error) {
 	return 0, fmt.Errorf("end connections: %w sock_diag: it is not Linux", ErrUnsupported)
 }
 

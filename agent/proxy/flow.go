@@ -18,6 +18,7 @@ type Flow struct {
 	Client netip.AddrPort
 	Local  netip.Addr // where it connected to
 	Open   bool       // else it has gone
+	At     time.Time  // when it came or went
 	// ID tells it from an earlier connection of the same client: what is told of two of them
 	// may come in any order.
 	ID uint64
@@ -123,7 +124,7 @@ func (l *loop) enlist(s *session, isNew bool) {
 func (l *loop) note(s *session, open bool) (turn uint64, first bool) {
 	l.flows.mu.Lock()
 	defer l.flows.mu.Unlock()
-	l.flows.news = append(l.flows.news, Flow{Client: s.from, Local: s.localEnd().Addr(), Open: open, ID: s.flow})
+	l.flows.news = append(l.flows.news, Flow{Client: s.from, Local: s.localEnd().Addr(), Open: open, At: origin.Add(l.now), ID: s.flow})
 	first = open && !l.flows.opens
 	l.flows.opens = l.flows.opens || open
 	return l.flows.taken + 1, first
