@@ -99,7 +99,7 @@ func TestDoctor(t *testing.T) {
 	a, b := m.Nodes[0], m.Nodes[1]
 	deafen(t, b, a.Address, 7443)
 	finds(a, "LINK_ONE_WAY", "PORT_UNREACHABLE")
-	finds(b)
+	finds(b, "LINK_ONE_WAY")
 }
 
 // TestDoctorComparesConfigurations checks that a member that is configured differently is

@@ -62,6 +62,11 @@ func (a *Agent) samples() (all []metrics.Sample) {
 	for _, p := range view.Peers {
 		gauge(metrics.PeerUp, "Whether the peer was heard within the suspicion time.", truth(p.Heard), "peer", p.Name)
 	}
+	for _, l := range a.words.view().Links {
+		if l.Heard >= 0 {
+			gauge(metrics.LinkHeard, "Since when the member at the end of a link has not heard the one at its beginning, by this member's knowledge.", l.Heard.Seconds(), "from", l.From, "to", l.To)
+		}
+	}
 	for _, svc := range a.services {
 		stats := svc.proxy.Stats()
 		name := svc.cfg.Name

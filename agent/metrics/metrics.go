@@ -24,6 +24,8 @@ const (
 	HeartbeatSeconds   = "hamesh_heartbeat_rtt_seconds"     // heartbeat to ack; label peer
 	PeerUp             = "hamesh_peer_up"                   // 1: heard within the suspicion time; label peer
 
+	LinkHeard = "hamesh_link_heard_seconds" // age of the newest heartbeat that came; labels from, to
+
 	BackendUp          = "hamesh_backend_up"                     // 1: gets new connections; labels proxy, backend
 	BackendConnections = "hamesh_backend_connections"            // established through this node
 	BackendTotal       = "hamesh_backend_connections_total"      // ever

@@ -1,0 +1,114 @@
+package agent_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hamesh/hamesh/deploy/lab"
+	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
+)
+
+// agreed is how soon all members say the same of a pair that was cut: S of silence, a few
+// heartbeats, and etcd's elections where its members are cut.
+const agreed = 10 * time.Second
+
+// problemsOf are a status's problems of some kinds, as they are told.
+func problemsOf(s *hameshv1.GetStatusResponse, codes ...string) (all []string) {
+	for _, p := range s.GetProblems() {
+		if slices.Contains(codes, p.GetCode()) {
+			all = append(all, p.GetCode()+": "+p.GetMessage())
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+// statuses asks every member.
+func statuses(m *lab.Mesh) (all []*hameshv1.GetStatusResponse, err error) {
+	for _, n := range m.Nodes {
+		s, err := n.Status()
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, s)
+	}
+	return all, nil
+}
+
+// sameTruth says where members differ about owner, holder and what is wrong between them, or
+// where one of them calls the mesh down.
+func sameTruth(m *lab.Mesh, all []*hameshv1.GetStatusResponse) error {
+	kernels := m.Recorder.Now()
+	codes := []string{"LINK_DOWN", "LINK_ONE_WAY", "NODE_DOWN", "STORE_UNAVAILABLE", "MEMBER_CUT_OFF", "VIP_NO_HOLDER", "NO_BACKEND"}
+	first := problemsOf(all[0], codes...)
+	for _, s := range all {
+		v := s.GetVips()[0]
+		if s.GetState() == hameshv1.State_STATE_DOWN {
+			return fmt.Errorf("%s says DOWN: %v", s.GetReportedBy(), s.GetProblems())
+		}
+		if len(kernels) != 1 || v.GetOwner() != kernels[0] || !slices.Equal(v.GetHolders(), kernels) {
+			return fmt.Errorf("%s says owner %q, holders %v; the kernels say %v", s.GetReportedBy(), v.GetOwner(), v.GetHolders(), kernels)
+		}
+		if got := problemsOf(s, codes...); !slices.Equal(got, first) {
+			return fmt.Errorf("%s says %q, %s says %q", s.GetReportedBy(), got, all[0].GetReportedBy(), first)
+		}
+	}
+	return nil
+}
+
+// TestPairs cuts each pair of three members in turn: altogether, the members' port alone, the
+// store's port alone. All three name the same pair, owner and holder, and none says DOWN.
+// What somebody orders then is done, or refused for the right reason, wherever it is asked.
+func TestPairs(t *testing.T) {
+	m := newMesh(t, lab.Options{})
+	owner(t, m)
+	healthy(t, m)
+	for _, c := range []struct {
+		name   string
+		frames lab.Frames
+	}{{"all frames", lab.Frames{}}, {"7443", lab.Frames{TCPPort: 7443}}, {"7480", lab.Frames{TCPPort: 7480}}} {
+		for i := range m.Nodes {
+			a, b := m.Nodes[i], m.Nodes[(i+1)%3]
+			if a.Name > b.Name {
+				a, b = b, a
+			}
+			t.Run(c.name+" between "+a.Name+" and "+b.Name, func(t *testing.T) { cutPair(t, m, c.frames, a, b) })
+		}
+	}
+}
+
+func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
+	healthy(t, m)
+	agree(t, m)
+	lift, err := m.Switch.Partition(frames, []*lab.Port{a.Port()}, []*lab.Port{b.Port()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := time.Now()
+	pair := "LINK_DOWN: " + a.Name + " and " + b.Name + " do not hear each other; "
+	err = lab.Await(agreed, func() error {
+		all, err := statuses(m)
+		if err != nil {
+			return err
+		}
+		if frames.TCPPort != 7480 {
+			for _, s := range all {
+				if got := problemsOf(s, "LINK_DOWN"); len(got) != 1 || !strings.HasPrefix(got[0], pair) {
+					return fmt.Errorf("%s says %q, want %q", s.GetReportedBy(), got, pair)
+				}
+			}
+		}
+		return sameTruth(m, all)
+	})
+	t.Logf("all agree after %v", time.Since(cut).Round(10*time.Millisecond))
+	if err != nil {
+		t.Error(err)
+	}
+	if err := lift(); err != nil {
+		t.Fatal(err)
+	}
+	healthy(t, m)
+}
