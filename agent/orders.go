@@ -210,6 +210,9 @@ func (o *orders) DrainNode(ctx context.Context, r *hameshv1.DrainNodeRequest) (*
 	if err := o.checkMember(node); err != nil {
 		return nil, err
 	}
+	if response, err, given := elsewhere(ctx, o, r, hameshv1.ControlServiceClient.DrainNode); given {
+		return response, err
+	}
 	subject := store.Subject{Node: node}
 	changed, pending, err := o.give(ctx, r.GetRequestId(), "drain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
 		if now.InForce[subject].State == nodeDrained {
@@ -229,6 +232,9 @@ func (o *orders) UndrainNode(ctx context.Context, r *hameshv1.UndrainNodeRequest
 	node := r.GetNode()
 	if err := o.checkMember(node); err != nil {
 		return nil, err
+	}
+	if response, err, given := elsewhere(ctx, o, r, hameshv1.ControlServiceClient.UndrainNode); given {
+		return response, err
 	}
 	subject := store.Subject{Node: node}
 	changed, pending, err := o.give(ctx, r.GetRequestId(), "undrain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
@@ -260,6 +266,9 @@ func (o *orders) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStat
 	if err != nil {
 		return nil, err
 	}
+	if response, err, given := elsewhere(ctx, o, r, hameshv1.ControlServiceClient.SetBackendState); given {
+		return response, err
+	}
 	response := &hameshv1.SetBackendStateResponse{}
 	for _, s := range services {
 		response.Proxies = append(response.Proxies, s.cfg.Name)
@@ -286,7 +295,7 @@ func (o *orders) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStat
 }
 
 func given(ctx context.Context, state string) *store.Order {
-	return &store.Order{State: state, By: server.Caller(ctx), At: time.Now().UTC().Truncate(time.Millisecond)}
+	return &store.Order{State: state, By: orderer(ctx), At: time.Now().UTC().Truncate(time.Millisecond)}
 }
 
 // give has the store keep an order, waits until it is in force here, and records the
@@ -296,7 +305,7 @@ func (o *orders) give(ctx context.Context, request, what string, judge func(stor
 		return false, false, fmt.Errorf("%d bytes, more than %d: %w", len(request), requestLength, server.ErrRequestID)
 	}
 	request = cmp.Or(request, uuid.NewString())
-	event.By = server.Caller(ctx)
+	event.By = orderer(ctx)
 	revision, changed, err := o.agent.store.Give(ctx, store.Wish{
 		Request: request, What: what,
 		Judge: func(now store.Orders) (map[store.Subject]*store.Order, error) {
@@ -323,9 +332,9 @@ func (o *orders) give(ctx context.Context, request, what string, judge func(stor
 	pending = !o.await(ctx, revision)
 	switch {
 	case changed && pending:
-		o.agent.log.Warn("order kept, and not in force here yet: "+what, "caller", server.Caller(ctx))
+		o.agent.log.Warn("order kept, and not in force here yet: "+what, "caller", orderer(ctx))
 	case changed:
-		o.agent.log.Info("order in force: "+what, "caller", server.Caller(ctx))
+		o.agent.log.Info("order in force: "+what, "caller", orderer(ctx))
 	}
 	o.tell(request)
 	return changed, pending, nil

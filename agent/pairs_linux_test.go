@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -107,8 +108,58 @@ func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 	if err != nil {
 		t.Error(err)
 	}
+	orderMoves(t, m, frames, a, b)
+	if err := lab.Await(agreed, func() error { // also when the store has had time to go
+		all, err := statuses(m)
+		return cmp.Or(err, sameTruth(m, all))
+	}); err != nil {
+		t.Error(err)
+	}
 	if err := lift(); err != nil {
 		t.Fatal(err)
 	}
 	healthy(t, m)
+}
+
+// orderMoves asks every member to move the VIP to every other one than its owner. Each move
+// ends with the VIP on its target and exit status 0, or with the right reason why not.
+func orderMoves(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
+	t.Helper()
+	for _, asked := range m.Nodes {
+		for _, to := range m.Nodes {
+			before := m.Recorder.Now()
+			if len(before) != 1 {
+				t.Fatalf("before a move the address is on %v", before)
+			}
+			if before[0] == to.Name {
+				continue
+			}
+			stdout, stderr, status, err := asked.Hactl("move-vip", "kube-api", "--to", to.Name, "--wait", "--timeout", "15s")
+			if err != nil {
+				t.Fatal(err)
+			}
+			what := fmt.Sprintf("from %s to %s, asked at %s", before[0], to.Name, asked.Name)
+			cut := (before[0] == a.Name && to == b) || (before[0] == b.Name && to == a)
+			t.Logf("%s: status %d %s%s", what, status, stdout[strings.LastIndex(strings.TrimSpace(stdout), "\n")+1:], stderr)
+			switch {
+			case status == 0:
+				if err := lab.Await(time.Second, func() error {
+					if now := m.Recorder.Now(); !slices.Equal(now, []string{to.Name}) {
+						return fmt.Errorf("%s: status 0, but the address is on %v", what, now)
+					}
+					return nil
+				}); err != nil {
+					t.Error(err)
+				}
+			case cut && strings.Contains(stderr, "NODE_NOT_ELIGIBLE") && strings.Contains(stderr, before[0]+" does not hear "+to.Name):
+			case frames.TCPPort != 7443 && strings.Contains(stderr, "STORE_UNAVAILABLE") && strings.Contains(stderr, "the store does not answer to "+before[0]):
+			case frames.TCPPort == 7480 && strings.Contains(stderr, "NODE_NOT_ELIGIBLE"): // it has lost its lease
+			default:
+				t.Errorf("%s: status %d\n%s%s", what, status, stdout, stderr)
+			}
+			if frames.TCPPort == 7480 {
+				break // one of a store that does not answer may take two lease TTLs
+			}
+		}
+	}
 }
