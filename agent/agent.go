@@ -541,6 +541,7 @@ func (a *Agent) tellReady(ctx context.Context) error {
 func (a *Agent) broadcast(b ownership.Heartbeat) {
 	h := a.complete(toProto(b))
 	a.metrics.Sent.Inc()
+	a.words.sent.Store(h)
 	for _, l := range a.links {
 		l.Send(h)
 	}

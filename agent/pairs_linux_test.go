@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -79,11 +80,75 @@ func TestPairs(t *testing.T) {
 			t.Run(c.name+" between "+a.Name+" and "+b.Name, func(t *testing.T) { cutPair(t, m, c.frames, a, b) })
 		}
 	}
+	t.Run("an API server and one member", func(t *testing.T) { cutAPIServer(t, m, m.Nodes[0], m.Nodes[1]) })
+}
+
+// cutAPIServer cuts an API server off from one member: all say so alike, with the way that is
+// broken, and none calls the mesh down.
+func cutAPIServer(t *testing.T, m *lab.Mesh, from, of *lab.Node) {
+	lift, err := m.Switch.Partition(lab.Frames{TCPPort: 6443}, []*lab.Port{from.Port()}, []*lab.Port{of.Port()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := time.Now()
+	err = lab.Await(agreed, func() error {
+		all, err := statuses(m)
+		if err != nil {
+			return err
+		}
+		for _, s := range all {
+			got := problemsOf(s, "BACKEND_VIEWS_DIFFER", "BACKEND_DOWN", "NO_BACKEND")
+			want := fmt.Sprintf("BACKEND_VIEWS_DIFFER: API server %s (%s:6443) is up for %s, %s, and down for %s (", of.Name, of.Address, of.Name, m.Nodes[2].Name, from.Name)
+			// The other direction of the cut is that of the other API server.
+			back := fmt.Sprintf("BACKEND_VIEWS_DIFFER: API server %s (%s:6443) is up for %s, %s, and down for %s (", from.Name, from.Address, from.Name, m.Nodes[2].Name, of.Name)
+			if len(got) != 2 || !strings.HasPrefix(got[0], back) || !strings.HasPrefix(got[1], want) || s.GetState() != hameshv1.State_STATE_DEGRADED {
+				return fmt.Errorf("%s is %v and says %q", s.GetReportedBy(), s.GetState(), got)
+			}
+		}
+		return nil
+	})
+	t.Logf("all say so after %v", time.Since(cut).Round(10*time.Millisecond))
+	if err := errors.Join(err, lift()); err != nil {
+		t.Error(err)
+	}
+	healthy(t, m)
+}
+
+// beats says how long heartbeats are, in bytes, and how many words of others are in them.
+func beats(t *testing.T, m *lab.Mesh) (bytes, hearsay []string) {
+	t.Helper()
+	for _, n := range m.Nodes {
+		for line := range strings.Lines(get(t, n, "/metrics")) {
+			if v, ok := strings.CutPrefix(line, "hamesh_heartbeat_bytes "); ok {
+				bytes = append(bytes, strings.TrimSpace(v))
+			}
+			if v, ok := strings.CutPrefix(line, "hamesh_heartbeat_hearsay "); ok {
+				hearsay = append(hearsay, strings.TrimSpace(v))
+			}
+		}
+	}
+	return bytes, hearsay
+}
+
+// atRest waits until nobody passes on what others say.
+func atRest(t *testing.T, m *lab.Mesh) {
+	t.Helper()
+	if err := lab.Await(5*time.Second, func() error {
+		bytes, hearsay := beats(t, m)
+		if !slices.Equal(hearsay, []string{"0", "0", "0"}) {
+			return fmt.Errorf("at rest %v words are passed on, in %v bytes", hearsay, bytes)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
 }
 
 func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 	healthy(t, m)
 	agree(t, m)
+	atRest(t, m)
+	rest, _ := beats(t, m)
 	lift, err := m.Switch.Partition(frames, []*lab.Port{a.Port()}, []*lab.Port{b.Port()})
 	if err != nil {
 		t.Fatal(err)
@@ -104,9 +169,24 @@ func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 		}
 		return sameTruth(m, all)
 	})
-	t.Logf("all agree after %v", time.Since(cut).Round(10*time.Millisecond))
+	while, hearsay := beats(t, m)
+	t.Logf("all agree after %v; heartbeats have %v bytes at rest, %v now, with %v words of others", time.Since(cut).Round(10*time.Millisecond), rest, while, hearsay)
 	if err != nil {
 		t.Error(err)
+	}
+	if frames.TCPPort == 0 { // etcd's leader goes to who reaches all
+		if err := lab.Await(agreed, func() error {
+			all, err := statuses(m)
+			for _, s := range all {
+				if away := problemsOf(s, "STORE_UNAVAILABLE"); len(away) > 0 {
+					err = fmt.Errorf("%s says %q", s.GetReportedBy(), away)
+				}
+			}
+			return err
+		}); err != nil {
+			t.Error(err)
+		}
+		t.Logf("the store answers all after %v", time.Since(cut).Round(10*time.Millisecond))
 	}
 	orderMoves(t, m, frames, a, b)
 	if err := lab.Await(agreed, func() error { // also when the store has had time to go
@@ -119,6 +199,7 @@ func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 		t.Fatal(err)
 	}
 	healthy(t, m)
+	atRest(t, m)
 }
 
 // orderMoves asks every member to move the VIP to every other one than its owner. Each move
@@ -152,7 +233,7 @@ func orderMoves(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 					t.Error(err)
 				}
 			case cut && strings.Contains(stderr, "NODE_NOT_ELIGIBLE") && strings.Contains(stderr, before[0]+" does not hear "+to.Name):
-			case frames.TCPPort != 7443 && strings.Contains(stderr, "STORE_UNAVAILABLE") && strings.Contains(stderr, "the store does not answer to "+before[0]):
+			case frames.TCPPort == 7480 && strings.Contains(stderr, "STORE_UNAVAILABLE") && strings.Contains(stderr, "the store does not answer to "+before[0]):
 			case frames.TCPPort == 7480 && strings.Contains(stderr, "NODE_NOT_ELIGIBLE"): // it has lost its lease
 			default:
 				t.Errorf("%s: status %d\n%s%s", what, status, stdout, stderr)

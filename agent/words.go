@@ -27,8 +27,8 @@ const (
 type known = hearsay.View[*hameshv1.Heartbeat]
 
 // words are what all members say about each other. They are for the status, events and
-// metrics, and for finding somebody who can carry an order out; nothing that decides over an
-// address or a client's connection looks at them.
+// metrics, for finding somebody who can carry an order out, and for the place of etcd's
+// leader; nothing that decides over an address or a client's connection looks at them.
 type words struct {
 	agent *Agent
 
@@ -37,6 +37,7 @@ type words struct {
 	looked ownership.Instant // when extra was last made
 
 	extra atomic.Pointer[extra]
+	sent  atomic.Pointer[hameshv1.Heartbeat] // the last one, to be measured
 }
 
 // extra is what heartbeats say beside what they always do, made now and then: the ownership
@@ -58,6 +59,7 @@ func newWords(a *Agent) *words {
 	}
 	w := &words{agent: a, book: hearsay.New[*hameshv1.Heartbeat](c)}
 	w.extra.Store(&extra{})
+	w.sent.Store(&hameshv1.Heartbeat{})
 	return w
 }
 
