@@ -395,7 +395,7 @@ func (m *moves) end(o *order, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	o.err, o.ended = err, time.Now()
-	if len(o.visited) > 0 && (server.Is(err, errElsewhere) || server.Is(err, server.ErrOwnerUnreachable)) {
+	if len(o.visited) > 0 && (server.Is(err, server.ErrNoOwner) || server.Is(err, server.ErrOwnerUnreachable)) {
 		delete(m.byID, o.request.GetRequestId()) // nothing was done, and it may come again
 	}
 	close(o.changed)

@@ -154,6 +154,9 @@ func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 		t.Fatal(err)
 	}
 	cut := time.Now()
+	if frames.TCPPort == 7443 {
+		orderInTheDark(t, m, a, b)
+	}
 	pair := "LINK_DOWN: " + a.Name + " and " + b.Name + " do not hear each other; "
 	err = lab.Await(agreed, func() error {
 		all, err := statuses(m)
@@ -200,6 +203,34 @@ func cutPair(t *testing.T, m *lab.Mesh, frames lab.Frames, a, b *lab.Node) {
 	}
 	healthy(t, m)
 	atRest(t, m)
+}
+
+// orderInTheDark asks for a move just after the cut, when nobody has noticed it yet, at one end
+// of it and where it can be with the owner at the other: the connection is lost on the way.
+func orderInTheDark(t *testing.T, m *lab.Mesh, a, b *lab.Node) {
+	t.Helper()
+	third := m.Nodes[slices.IndexFunc(m.Nodes, func(n *lab.Node) bool { return n != a && n != b })]
+	asked, to, from := a, third, m.Recorder.Now()
+	if slices.Equal(from, []string{a.Name}) {
+		asked = b
+	}
+	if slices.Equal(from, []string{third.Name}) {
+		to = b
+	}
+	begun := time.Now()
+	stdout, stderr, status, err := asked.Hactl("move-vip", "kube-api", "--to", to.Name, "--wait")
+	t.Logf("from %v to %s, asked at %s in the dark: status %d after %v", from, to.Name, asked.Name, status, time.Since(begun).Round(10*time.Millisecond))
+	if err != nil || status != 0 {
+		t.Errorf("%v\n%s%s", err, stdout, stderr)
+	}
+	if err := lab.Await(time.Second, func() error {
+		if now := m.Recorder.Now(); !slices.Equal(now, []string{to.Name}) {
+			return fmt.Errorf("the address is on %v", now)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
 }
 
 // orderMoves asks every member to move the VIP to every other one than its owner. Each move
