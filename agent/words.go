@@ -36,8 +36,12 @@ type words struct {
 	book   *hearsay.Book[*hameshv1.Heartbeat]
 	looked ownership.Instant // when extra was last made
 
-	extra atomic.Pointer[extra]
-	sent  atomic.Pointer[hameshv1.Heartbeat] // the last one, to be measured
+	// What the ownership loop needs waits for nobody: when each other member was last heard,
+	// 0: never; whom it has given up; what else is to be told.
+	ears   map[string]*atomic.Int64
+	silent atomic.Pointer[map[string]bool]
+	extra  atomic.Pointer[extra]
+	sent   atomic.Pointer[hameshv1.Heartbeat] // the last one, to be measured
 }
 
 // extra is what heartbeats say beside what they always do, made now and then: the ownership
@@ -48,6 +52,8 @@ type extra struct {
 	parts     []*hameshv1.ConfigPart
 	storeAway bool
 	leader    string
+	// unconnected are the members that cannot be called.
+	unconnected map[string]bool
 }
 
 func newWords(a *Agent) *words {
@@ -57,7 +63,13 @@ func newWords(a *Agent) *words {
 	for _, m := range a.cfg.Members {
 		c.Members = append(c.Members, m.Name)
 	}
-	w := &words{agent: a, book: hearsay.New[*hameshv1.Heartbeat](c)}
+	w := &words{agent: a, book: hearsay.New[*hameshv1.Heartbeat](c), ears: map[string]*atomic.Int64{}}
+	for _, m := range c.Members {
+		if m != c.Self {
+			w.ears[m] = &atomic.Int64{}
+		}
+	}
+	w.silent.Store(&map[string]bool{})
 	w.extra.Store(&extra{})
 	w.sent.Store(&hameshv1.Heartbeat{})
 	return w
@@ -76,12 +88,14 @@ func asWord(h *hameshv1.Heartbeat, age time.Duration) hearsay.Word[*hameshv1.Hea
 	return w
 }
 
-// hear takes a heartbeat from the member itself, with what it passes on. It does not block.
+// hear takes a heartbeat from the member itself, with what it passes on.
 func (w *words) hear(h *hameshv1.Heartbeat) {
 	at := now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.book.Hear(time.Duration(at), asWord(h, 0))
+	if w.book.Hear(time.Duration(at), asWord(h, 0)) {
+		w.ears[h.GetMember()].Store(int64(at))
+	}
 	for _, said := range h.GetHearsay() {
 		w.book.Take(time.Duration(at), asWord(said.GetHeartbeat(), time.Duration(said.GetAgeMs())*time.Millisecond))
 	}
@@ -93,28 +107,32 @@ func (w *words) setSilent(silent map[string]ownership.Instant) {
 	for member := range silent {
 		all[member] = true
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.book.SetSilent(all)
+	w.silent.Store(&all)
 }
 
 // view is what is known now.
 func (w *words) view() known {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.book.SetSilent(*w.silent.Load())
 	return w.book.View(time.Duration(now()))
 }
 
 // tell adds to a heartbeat what this member says of others. It does not block.
 func (w *words) tell(h *hameshv1.Heartbeat) {
-	at, x := now(), w.extra.Load()
-	w.mu.Lock()
-	hears := w.book.Hears(time.Duration(at))
-	w.mu.Unlock()
-	for _, one := range hears {
-		said := &hameshv1.Hearing{Member: one.Member, Unconnected: one.Unconnected}
-		if one.Age >= 0 {
-			said.AgeMs = proto.Uint32(uint32(one.Age / time.Millisecond))
+	at, x, silent := now(), w.extra.Load(), *w.silent.Load()
+	for _, m := range w.agent.cfg.Members {
+		ear := w.ears[m.Name]
+		if ear == nil {
+			continue // itself
+		}
+		said := &hameshv1.Hearing{Member: m.Name, Unconnected: x.unconnected[m.Name]}
+		if heard := ownership.Instant(ear.Load()); heard != 0 {
+			age := max(at.Sub(heard), 0)
+			if silent[m.Name] { // however young its last word is
+				age = max(age, w.agent.cfg.Timing.SuspectAfter+time.Millisecond)
+			}
+			said.AgeMs = proto.Uint32(uint32(age / time.Millisecond))
 		}
 		h.Hears = append(h.Hears, said)
 	}
@@ -126,11 +144,11 @@ func (w *words) tell(h *hameshv1.Heartbeat) {
 	}
 }
 
-// look makes extra anew, a few times a heartbeat at most.
+// look makes extra anew, once a heartbeat or so.
 func (w *words) look() {
 	at, a := now(), w.agent
 	w.mu.Lock()
-	if at.Sub(w.looked) < a.cfg.Timing.Heartbeat/2 {
+	if at.Sub(w.looked) < a.cfg.Timing.Heartbeat*3/4 {
 		w.mu.Unlock()
 		return
 	}
@@ -140,10 +158,11 @@ func (w *words) look() {
 		unconnected[member] = link.Lost() > oneWayAfter
 	}
 	w.book.SetUnconnected(unconnected)
+	w.book.SetSilent(*w.silent.Load())
 	passOn, newest := w.book.PassOn(time.Duration(at)), w.book.Newest(time.Duration(at))
 	w.mu.Unlock()
 	stored := a.store.Status()
-	x := &extra{at: at, storeAway: !stored.Available, leader: stored.Leader}
+	x := &extra{at: at, storeAway: !stored.Available, leader: stored.Leader, unconnected: unconnected}
 	size := 0
 	for _, said := range passOn {
 		said.Says = stripped(said.Says)

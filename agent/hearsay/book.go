@@ -72,19 +72,21 @@ func (b *Book[T]) other(member string) bool {
 }
 
 // Hear takes a word from the member itself. An older one than is known already changes
-// nothing, except that it comes now.
-func (b *Book[T]) Hear(now time.Duration, w Word[T]) {
-	if !b.other(w.Member) {
-		return
-	}
+// nothing, except that it comes now; it says whether the member counts as heard by it.
+func (b *Book[T]) Hear(now time.Duration, w Word[T]) bool {
 	was, ok := b.direct[w.Member]
 	switch {
+	case !b.other(w.Member):
+		return false
 	case !ok || newer(w, was.word):
 		b.direct[w.Member] = noted[T]{w, now}
+		return true
 	case w.Boot == was.word.Boot:
 		was.at = now
 		b.direct[w.Member] = was
+		return true
 	}
+	return false
 }
 
 // Take takes a word that another member has passed on, with its age. One that is not newer
