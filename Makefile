@@ -28,7 +28,7 @@ OWN_TMPDIR = export TMPDIR=$$(mktemp -d) && trap 'rm -rf "$$TMPDIR"' EXIT && chm
 # One package at a time: most of them time real kernels and sockets. The race detector slows
 # agents down so much that what loads a whole mesh runs at full speed, without it, instead;
 # some tests run both ways.
-FULL_SPEED = TestForwarded$$|TestStreamsOutliveMoves$$|TestRollingRestart$$|TestDual$$|TestUpgradeRefused$$
+FULL_SPEED = TestForwarded$$|TestStreamsOutliveMoves$$|TestRollingRestart$$|TestDual$$|TestUpgradeRefused$$|TestPairs$$
 BOTH_WAYS  = TestMesh$$|TestDrain$$|TestUpgrades$$|TestStoreOutage$$|TestIPv6$$|TestSickBackends$$|TestBackendOrders$$|TestReloadByHangup$$|TestNoAPIServer$$
 test: ## all tests, with the race detector, on real namespaces
 	$(OWN_TMPDIR); CGO_ENABLED=1 go test -race -p 1 -timeout 30m -skip '$(FULL_SPEED)' $(ARGS) ./...

@@ -26,6 +26,7 @@ import (
 	"github.com/hamesh/hamesh/agent/handover"
 	"github.com/hamesh/hamesh/agent/metrics"
 	"github.com/hamesh/hamesh/agent/ownership"
+	"github.com/hamesh/hamesh/agent/parts"
 	"github.com/hamesh/hamesh/agent/peer"
 	"github.com/hamesh/hamesh/agent/store"
 	"github.com/hamesh/hamesh/agent/vip"
@@ -90,7 +91,8 @@ type Agent struct {
 	files     *tlsfiles.Credentials // nil: insecure
 	metrics   *metrics.Metrics
 	boot      uint64
-	digests   atomic.Pointer[[]byte] // of the configuration in force
+	parts     atomic.Pointer[parts.Parts] // of the configuration in force
+	words     *words
 
 	lock        *os.File // the node's
 	ports       ports
@@ -157,8 +159,9 @@ func New(cfg *config.Config, from *Inheritance, log hclog.Logger) (_ *Agent, err
 		return nil, err
 	}
 	a.boot = boot
-	digests := configDigests(cfg)
-	a.digests.Store(&digests)
+	common := parts.Of(cfg)
+	a.parts.Store(&common)
+	a.words = newWords(a)
 	if err := a.openEvents(); err != nil {
 		return nil, err
 	}
@@ -546,6 +549,7 @@ func (a *Agent) tellReady(ctx context.Context) error {
 func (a *Agent) broadcast(b ownership.Heartbeat) {
 	h := a.complete(toProto(b))
 	a.metrics.Sent.Inc()
+	a.words.sent.Store(h)
 	for _, l := range a.links {
 		l.Send(h)
 	}
@@ -553,7 +557,8 @@ func (a *Agent) broadcast(b ownership.Heartbeat) {
 
 // complete adds to a heartbeat what is not the ownership protocol's.
 func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
-	h.Version, h.ConfigDigests = Version, *a.digests.Load()
+	h.Version, h.ConfigDigests = Version, a.parts.Load().Digests
+	a.words.tell(h)
 	h.Reason, h.Macs = *a.board.reason.Load(), *a.macs.Load()
 	for _, v := range h.GetVips() {
 		keeps, n, to := a.handing.keeps(v.GetName())
@@ -569,6 +574,7 @@ func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
 // Heartbeat implements server.MeshPeer.
 func (a *Agent) Heartbeat(ctx context.Context, from string, h *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error) {
 	a.metrics.Received.WithLabelValues(from).Inc()
+	a.words.hear(h)
 	reply, ok := a.loop.answer(ctx, ownership.HeartbeatReceived{Heartbeat: fromProto(h)})
 	a.hearing.put(h)
 	if !ok {
@@ -586,6 +592,7 @@ func (a *Agent) acked(from string, ack *hameshv1.ExchangeResponse, took time.Dur
 		a.log.Warn("an ack speaks for somebody else", "peer", from, "member", ack.GetHeartbeat().GetMember())
 		return
 	}
+	a.words.hear(ack.GetHeartbeat())
 	a.loop.post(a.ctx, ownership.HeartbeatReceived{Heartbeat: ackFromProto(ack)})
 	a.hearing.put(ack.GetHeartbeat())
 }
@@ -595,6 +602,7 @@ func (a *Agent) heard(h *hameshv1.Heartbeat) {
 	if a.board.hear(h) {
 		poke(a.flows.wake)
 	}
+	a.words.look()
 	for _, s := range a.services {
 		s.hear(h.GetMember(), h.GetBackends())
 	}
@@ -635,6 +643,7 @@ func (q *hearing) run(ctx context.Context, take func(*hameshv1.Heartbeat)) error
 // fellSilent hears from the loop who is silent. The services are told elsewhere: they
 // may take a moment to reset connections.
 func (a *Agent) fellSilent(silent map[string]ownership.Instant) {
+	a.words.setSilent(silent)
 	select {
 	case <-a.silent: // superseded
 	default:

@@ -25,6 +25,7 @@ var mayImport = map[string]struct {
 	"agent/guard":           {[]string{"agent/credentials", "agent/handover", "agent/vip", "gen/*"}, "a process of its own, with little in it"},
 	"agent/hameshd":         {[]string{"agent"}, "flags, signals and logs are agent.Main's"},
 	"agent/page":            {[]string{"gen/*"}, "shows the API's messages"},
+	"agent/parts":           {[]string{"agent/config"}, "what configurations have in common"},
 	"agent/peer":            {[]string{"gen/*"}, "speaks the wire's language; what it says is the agent's business"},
 	"agent/probe":           {[]string{"agent/health"}, "its results are health's values"},
 	"agent/proxy":           {[]string{"agent/health", "agent/proxy/affinity"}, "acts on health's states, chooses by affinity"},
@@ -42,6 +43,7 @@ var mayImport = map[string]struct {
 var pure = map[string][]string{
 	"agent/ownership":      nil,
 	"agent/health":         nil,
+	"agent/hearsay":        nil,
 	"agent/proxy/affinity": {"github.com/cespare/xxhash/v2"}, // a hash, as pure as arithmetic
 }
 

@@ -15,7 +15,6 @@ import (
 	"github.com/google/renameio/v2"
 	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc/metadata"
 
 	"github.com/hamesh/hamesh/agent/store"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
@@ -46,13 +45,13 @@ func (c *crashes) CrashAgent(ctx context.Context, r *hameshv1.CrashAgentRequest)
 	case len(id) > requestLength:
 		return nil, fmt.Errorf("%d bytes, more than %d: %w", len(id), requestLength, server.ErrRequestID)
 	}
-	told := isPassedOn(ctx) // by the member that was asked
+	told := len(visited(ctx)) > 0 // by the member that was asked
 	if node != a.cfg.Node.Name {
 		client, ok := a.links[node].Control()
 		if !ok || told {
 			return nil, fmt.Errorf("crash the agent of %s: %w", node, server.ErrNodeUnreachable)
 		}
-		answer, err := client.CrashAgent(metadata.AppendToOutgoingContext(ctx, passedOn, a.cfg.Node.Name),
+		answer, err := client.CrashAgent(passingOn(ctx, nil, a.cfg.Node.Name),
 			&hameshv1.CrashAgentRequest{RequestId: id, Node: node, Confirm: true})
 		if answer.GetChanged() {
 			c.tell(ctx, node)

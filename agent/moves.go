@@ -5,12 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -19,20 +18,24 @@ import (
 	"github.com/hamesh/hamesh/server"
 )
 
-// rememberMoves is how long a request_id is remembered after its move has ended, and
-// maxMoves how many are at most.
 const (
-	// passedOn is the gRPC metadata key that marks an order passed on by another member;
-	// such a one is not passed on again.
-	passedOn = "hamesh-passed-on"
-
+	// rememberMoves is how long a request_id is remembered after its move has ended, and
+	// maxMoves how many are at most.
 	rememberMoves = time.Hour
 	maxMoves      = 1000
+	// routesFor is how long somebody is looked for who takes an order: longer than a fail-over,
+	// which gives the VIP another owner.
+	routesFor = 2 * time.Second
+	// moveLook is how often the end of a move is looked for, and moveSlack how much longer
+	// than its owner is waited for it.
+	moveLook  = 100 * time.Millisecond
+	moveSlack = 2 * time.Second
 )
 
 // moves answers orders to move VIPs: it gives them to the loop where this member owns
-// the VIP, and passes them on to the owner where it does not. Each order is remembered
-// by its request_id, so that repeating one repeats nothing.
+// the VIP, and passes them on to the owner where it does not, by way of another member where
+// there is no link to it. Whatever becomes of that, the record of the VIP tells the outcome.
+// Each order is remembered by its request_id, so that repeating one repeats nothing.
 type moves struct {
 	agent *Agent
 
@@ -44,11 +47,12 @@ type moves struct {
 
 // order is one move and what has been told of it so far.
 type order struct {
-	request  *hameshv1.MoveVipRequest
-	passedOn bool   // by another member
-	by       string // who wants it
-	begun    time.Time
-	ended    time.Time // zero: not yet
+	request *hameshv1.MoveVipRequest
+	by      string   // who wants it
+	visited []string // the members that have passed it on; none: it was asked for here
+	begun   time.Time
+	ended   time.Time  // zero: not yet
+	given   chan error // gets how it went with the loop; room for one
 
 	told    []*hameshv1.MoveVipResponse
 	err     error
@@ -76,7 +80,7 @@ func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, s
 	if err := m.check(request); err != nil {
 		return err
 	}
-	o, err := m.take(request, server.Caller(ctx), isPassedOn(ctx))
+	o, err := m.take(request, server.Caller(ctx), visited(ctx))
 	if err != nil {
 		return err
 	}
@@ -100,13 +104,6 @@ func (m *moves) MoveVip(ctx context.Context, request *hameshv1.MoveVipRequest, s
 	}
 }
 
-// isPassedOn says whether another member has passed an order on. Who is none has its order
-// told and passed on as anybody else's, whatever it sets.
-func isPassedOn(ctx context.Context) bool {
-	incoming, _ := metadata.FromIncomingContext(ctx)
-	return server.ByAgent(ctx) && len(incoming.Get(passedOn)) > 0
-}
-
 // check refuses what names nothing that there is, before it is remembered and told.
 func (m *moves) check(r *hameshv1.MoveVipRequest) error {
 	if n := len(r.GetRequestId()); n > requestLength {
@@ -122,7 +119,7 @@ func (m *moves) check(r *hameshv1.MoveVipRequest) error {
 }
 
 // take finds the order of a repeated request, or begins a new one.
-func (m *moves) take(request *hameshv1.MoveVipRequest, by string, passedOn bool) (*order, error) {
+func (m *moves) take(request *hameshv1.MoveVipRequest, by string, visited []string) (*order, error) {
 	id := request.GetRequestId()
 	if id == "" {
 		id = uuid.NewString()
@@ -139,10 +136,13 @@ func (m *moves) take(request *hameshv1.MoveVipRequest, by string, passedOn bool)
 	m.forget()
 	request = proto.CloneOf(request)
 	request.RequestId = id
-	o := &order{request: request, by: by, passedOn: passedOn, begun: time.Now(), changed: make(chan struct{})}
+	o := &order{request: request, by: by, visited: visited, begun: time.Now(), given: make(chan error, 1), changed: make(chan struct{})}
 	m.byID[id] = o
 	m.agent.group.Go(func() error {
-		m.begin(m.agent.ctx, o)
+		if len(visited) == 0 { // else told by the member that was asked
+			m.agent.teller.move(hameshv1.EventKind_EVENT_KIND_MOVE_REQUESTED, o, "")
+		}
+		m.end(o, m.pursue(m.agent.ctx, o))
 		return nil
 	})
 	return o, nil
@@ -164,67 +164,149 @@ func (m *moves) forget() {
 	}
 }
 
-// begin finds the owner and hands it the order.
-func (m *moves) begin(ctx context.Context, o *order) {
-	a, name, to := m.agent, o.request.GetVip(), o.request.GetTo()
-	if !o.passedOn { // else told by the member that was asked
-		a.teller.move(hameshv1.EventKind_EVENT_KIND_MOVE_REQUESTED, o, "")
-	}
-	view, ok := a.loop.view(ctx)
-	if !ok {
-		m.end(o, fmt.Errorf("this agent is stopping: %w", server.ErrMoveFailed))
-		return
-	}
-	var owner ownership.VIPView
-	for _, v := range view.VIPs {
-		if v.Name == name {
-			owner = v
+// pursue sees to it that an order is carried out, and returns when it is known how that has
+// ended. Who passes an order on for another member tries once: that one tries again.
+func (m *moves) pursue(ctx context.Context, o *order) error {
+	for ; ; time.Sleep(moveLook) {
+		v, ok := m.agent.togetherNow(ctx, o.request.GetVip())
+		if !ok {
+			return fmt.Errorf("this agent is stopping: %w", server.ErrMoveFailed)
+		}
+		if v.Record.Request == o.request.GetRequestId() {
+			return m.outcome(ctx, o) // done before, and told by a member that is gone or has forgotten
+		}
+		err := m.attempt(ctx, o, v)
+		if err == nil {
+			return nil
+		}
+		// Whatever was said: where the record is the order's, it is carried out.
+		patience := time.Duration(0)
+		if lost(err) || server.Is(err, server.ErrMoveFailed) {
+			patience = m.agent.cfg.Timing.SuspectAfter + detour*m.agent.cfg.Timing.Heartbeat
+		}
+		if m.recorded(ctx, o, patience) {
+			return m.outcome(ctx, o)
+		}
+		// The owner changes just now, or cannot be reached just now. One that had the order
+		// when it was lost may still be at it.
+		again := time.Since(o.begun) < routesFor && (server.Is(err, server.ErrOwnerUnreachable) || server.Is(err, errElsewhere))
+		again = again || (lost(err) && time.Since(o.begun) < m.bound())
+		if !again || len(o.visited) > 0 || ctx.Err() != nil {
+			return err
 		}
 	}
+}
+
+// bound is how long the end of a move is waited for: its owner gives it up earlier.
+func (m *moves) bound() time.Duration { return 2*m.agent.cfg.Timing.LeaseTTL + moveSlack }
+
+// attempt has the owner of a VIP move it.
+func (m *moves) attempt(ctx context.Context, o *order, v ownership.VIPView) error {
+	a, to, owner := m.agent, o.request.GetTo(), v.Record.Owner
 	switch {
-	case owner.Record.Owner == "" || owner.Record.Gone:
-		m.end(o, fmt.Errorf("%q: %w", name, server.ErrNoOwner))
-	case owner.Record.Request == o.request.GetRequestId():
-		// Done before, and told by a member that is gone, or has forgotten.
+	case v.Record.Gone && len(v.Holders) > 0: // it keeps the address by its peers' word
+		return fmt.Errorf("%s has %q, and cannot give it away: %w to %s", v.Holders[0], v.Name, server.ErrStoreUnavailable, v.Holders[0])
+	case owner == "" || v.Record.Gone:
+		return fmt.Errorf("%q: %w", v.Name, server.ErrNoOwner)
+	case owner == to:
 		m.tell(o, &hameshv1.MoveVipResponse{
-			Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: name, To: owner.Record.Owner, Changed: true,
-			Elapsed: durationpb.New(0), Epoch: owner.Record.Epoch,
+			Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: v.Name, From: to, To: to,
+			Elapsed: durationpb.New(0), Epoch: v.Record.Epoch,
 		})
-		m.end(o, nil)
-	case owner.Record.Owner == to:
-		m.tell(o, &hameshv1.MoveVipResponse{
-			Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: name, From: to, To: to,
-			Elapsed: durationpb.New(0), Epoch: owner.Record.Epoch,
-		})
-		m.end(o, nil)
-	case owner.Record.Owner == a.cfg.Node.Name:
-		m.mu.Lock()
-		m.nextID++
-		id := m.nextID
-		m.byNum[id] = o
-		m.mu.Unlock()
-		a.loop.post(ctx, ownership.MoveOrder{ID: id, Request: o.request.GetRequestId(), VIP: name, To: to})
-	case o.passedOn:
-		// Whoever passed it on thinks that this is the owner: it is changing just now.
-		m.end(o, fmt.Errorf("%q is with %s by now: %w", name, owner.Record.Owner, server.ErrNoOwner))
-	default:
-		m.end(o, m.passOn(ctx, o, owner.Record.Owner))
+		return nil
+	case owner == a.cfg.Node.Name:
+		return m.give(ctx, o)
+	case slices.Contains(o.visited, owner):
+		return fmt.Errorf("%q is with %s by now: %w", v.Name, owner, errElsewhere)
 	}
+	return m.passOn(ctx, o, owner)
+}
+
+// give has the loop carry an order out, and returns how that went. A target that takes the
+// VIP and is not heard here is seen by others.
+func (m *moves) give(ctx context.Context, o *order) error {
+	m.mu.Lock()
+	m.nextID++
+	id := m.nextID
+	m.byNum[id] = o
+	m.mu.Unlock()
+	m.agent.loop.post(ctx, ownership.MoveOrder{ID: id, Request: o.request.GetRequestId(), VIP: o.request.GetVip(), To: o.request.GetTo()})
+	look := time.NewTicker(moveLook)
+	defer look.Stop()
+	for {
+		select {
+		case err := <-o.given:
+			return err
+		case <-ctx.Done():
+			return fmt.Errorf("this agent is stopping: %w", server.ErrMoveFailed)
+		case <-look.C:
+			if v, ok := m.agent.togetherNow(ctx, o.request.GetVip()); ok && m.done(o, v) {
+				return m.outcome(ctx, o)
+			}
+		}
+	}
+}
+
+// done says whether the record is an order's, and its new owner alone has the address.
+func (m *moves) done(o *order, v ownership.VIPView) bool {
+	return v.Record.Request == o.request.GetRequestId() && slices.Equal(v.Holders, []string{v.Record.Owner})
+}
+
+// recorded says whether the record turns out to be an order's within some time.
+func (m *moves) recorded(ctx context.Context, o *order, patience time.Duration) bool {
+	for until := time.Now().Add(patience); ; time.Sleep(moveLook) {
+		v, ok := m.agent.togetherNow(ctx, o.request.GetVip())
+		if !ok || v.Record.Request == o.request.GetRequestId() {
+			return ok
+		}
+		if time.Now().After(until) {
+			return false
+		}
+	}
+}
+
+// outcome waits until the new owner that an order has made has the address, and says so.
+func (m *moves) outcome(ctx context.Context, o *order) error {
+	for ; ; time.Sleep(moveLook) {
+		v, ok := m.agent.togetherNow(ctx, o.request.GetVip())
+		switch {
+		case !ok:
+			return fmt.Errorf("this agent is stopping: %w", server.ErrMoveFailed)
+		case v.Record.Request != o.request.GetRequestId():
+			return fmt.Errorf("%q has gone on to %q: %w", v.Name, v.Record.Owner, server.ErrMoveFailed)
+		case slices.Contains(v.Holders, v.Record.Owner):
+			m.tell(o, &hameshv1.MoveVipResponse{
+				Phase: hameshv1.MovePhase_MOVE_PHASE_HELD, Vip: v.Name, From: m.giver(o), To: v.Record.Owner, Changed: true,
+				Elapsed: durationpb.New(time.Since(o.begun)), Epoch: v.Record.Epoch,
+			})
+			return nil
+		case time.Since(o.begun) > m.bound():
+			return fmt.Errorf("%s owns %q now, but is not known to have the address: %w", v.Record.Owner, v.Name, server.ErrMoveFailed)
+		}
+	}
+}
+
+// giver is who gives the VIP away, as far as it has been told.
+func (m *moves) giver(o *order) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, said := range o.told {
+		if said.GetFrom() != "" {
+			return said.GetFrom()
+		}
+	}
+	return ""
 }
 
 // passOn lets the owner do it, and repeats what it says.
 func (m *moves) passOn(ctx context.Context, o *order, owner string) error {
-	link := m.agent.links[owner]
-	if link == nil {
-		return fmt.Errorf("%s is not in the configuration of %s: %w", owner, m.agent.cfg.Node.Name, server.ErrOwnerUnreachable)
-	}
-	client, ok := link.Control()
+	route, client, ok := m.agent.route(owner, o.visited)
 	if !ok {
 		return fmt.Errorf("%s: %w", owner, server.ErrOwnerUnreachable)
 	}
-	stream, err := client.MoveVip(metadata.AppendToOutgoingContext(ctx, passedOn, m.agent.cfg.Node.Name), o.request)
+	stream, err := client.MoveVip(passingOn(ctx, o.visited, m.agent.cfg.Node.Name), o.request)
 	if err != nil {
-		return lost(owner, err)
+		return lostOn(route, err)
 	}
 	for {
 		said, err := stream.Recv()
@@ -232,19 +314,10 @@ func (m *moves) passOn(ctx context.Context, o *order, owner string) error {
 			return nil
 		}
 		if err != nil {
-			return lost(owner, err)
+			return lostOn(route, err)
 		}
 		m.tell(o, said)
 	}
-}
-
-// lost tells a member's answer from the loss of the connection to it, which is an answer of
-// nobody: the move may go on.
-func lost(owner string, err error) error {
-	if s, ok := status.FromError(err); ok && len(s.Details()) > 0 {
-		return err
-	}
-	return fmt.Errorf("%s may still be moving it: %w: %w", owner, err, server.ErrOwnerUnreachable)
 }
 
 // progress takes a phase from the loop. It does not block.
@@ -256,7 +329,7 @@ func (m *moves) progress(p ownership.MoveProgress) {
 		return
 	}
 	if p.Phase == ownership.Failed {
-		m.end(o, fmt.Errorf("move %s to %s: %w", p.VIP, p.To, refusals[p.Err]))
+		o.settle(m.refusal(p))
 	} else {
 		said := &hameshv1.MoveVipResponse{
 			Phase: phases[p.Phase], Vip: p.VIP, From: p.From, To: p.To, Changed: true, Epoch: p.Epoch,
@@ -273,28 +346,58 @@ func (m *moves) progress(p ownership.MoveProgress) {
 		if p.Phase != ownership.HeldByTarget {
 			return
 		}
-		m.end(o, nil)
+		o.settle(nil)
 	}
 	m.mu.Lock()
 	delete(m.byNum, p.ID)
 	m.mu.Unlock()
 }
 
+// settle says how an order went with the loop. It does not block: what nobody waits for any
+// more is of no interest.
+func (o *order) settle(err error) {
+	select {
+	case o.given <- err:
+	default:
+	}
+}
+
+// refusal says why the loop does not move a VIP, and between whom something is wrong.
+func (m *moves) refusal(p ownership.MoveProgress) error {
+	self := m.agent.cfg.Node.Name
+	err := fmt.Errorf("move %s to %s: %w", p.VIP, p.To, refusals[p.Err])
+	switch of := m.agent.words.view().Of[p.To]; {
+	case p.Err == ownership.StoreSilent:
+		return fmt.Errorf("%w to %s, which has it", err, self)
+	case p.Err == ownership.NotEligible && of.Known && !of.Heard:
+		return fmt.Errorf("%w: %s", err, of.Whose(self, p.To))
+	}
+	return err
+}
+
+// tell adds a phase to what is told of an order, unless it was told before: an order that is
+// asked for again on another way is reported from its beginning.
 func (m *moves) tell(o *order, said *hameshv1.MoveVipResponse) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if n := len(o.told); !o.ended.IsZero() || (n > 0 && o.told[n-1].GetPhase() >= said.GetPhase()) {
+		return
+	}
 	o.told = append(o.told, said)
 	close(o.changed)
 	o.changed = make(chan struct{})
 }
 
 func (m *moves) end(o *order, err error) {
-	if err != nil && !o.passedOn {
+	if err != nil && len(o.visited) == 0 {
 		m.agent.teller.move(hameshv1.EventKind_EVENT_KIND_MOVE_FAILED, o, err.Error())
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	o.err, o.ended = err, time.Now()
+	if len(o.visited) > 0 && (server.Is(err, server.ErrNoOwner) || server.Is(err, server.ErrOwnerUnreachable)) {
+		delete(m.byID, o.request.GetRequestId()) // nothing was done, and it may come again
+	}
 	close(o.changed)
 	o.changed = make(chan struct{})
 }

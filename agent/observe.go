@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/metrics"
@@ -61,6 +62,14 @@ func (a *Agent) samples() (all []metrics.Sample) {
 	}
 	for _, p := range view.Peers {
 		gauge(metrics.PeerUp, "Whether the peer was heard within the suspicion time.", truth(p.Heard), "peer", p.Name)
+	}
+	sent := a.words.sent.Load()
+	gauge(metrics.HeartbeatBytes, "Size of the last heartbeat that was sent to every peer.", float64(proto.Size(sent)))
+	gauge(metrics.HeartbeatHearsay, "Words of other members that were passed on in it.", float64(len(sent.GetHearsay())))
+	for _, l := range a.words.view().Links {
+		if l.Heard >= 0 {
+			gauge(metrics.LinkHeard, "Since when the member at the end of a link has not heard the one at its beginning, by this member's knowledge.", l.Heard.Seconds(), "from", l.From, "to", l.To)
+		}
 	}
 	for _, svc := range a.services {
 		stats := svc.proxy.Stats()

@@ -210,6 +210,9 @@ func (o *orders) DrainNode(ctx context.Context, r *hameshv1.DrainNodeRequest) (*
 	if err := o.checkMember(node); err != nil {
 		return nil, err
 	}
+	if response, err, given := elsewhere(ctx, o, r, hameshv1.ControlServiceClient.DrainNode); given {
+		return response, err
+	}
 	subject := store.Subject{Node: node}
 	changed, pending, err := o.give(ctx, r.GetRequestId(), "drain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
 		if now.InForce[subject].State == nodeDrained {
@@ -229,6 +232,9 @@ func (o *orders) UndrainNode(ctx context.Context, r *hameshv1.UndrainNodeRequest
 	node := r.GetNode()
 	if err := o.checkMember(node); err != nil {
 		return nil, err
+	}
+	if response, err, given := elsewhere(ctx, o, r, hameshv1.ControlServiceClient.UndrainNode); given {
+		return response, err
 	}
 	subject := store.Subject{Node: node}
 	changed, pending, err := o.give(ctx, r.GetRequestId(), "undrain "+node, func(now store.Orders) (map[store.Subject]*store.Order, error) {
@@ -260,6 +266,9 @@ func (o *orders) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStat
 	if err != nil {
 		return nil, err
 	}
+	if response, err, given := elsewhere(ctx, o, r, hameshv1.ControlServiceClient.SetBackendState); given {
+		return response, err
+	}
 	response := &hameshv1.SetBackendStateResponse{}
 	for _, s := range services {
 		response.Proxies = append(response.Proxies, s.cfg.Name)
@@ -286,7 +295,7 @@ func (o *orders) SetBackendState(ctx context.Context, r *hameshv1.SetBackendStat
 }
 
 func given(ctx context.Context, state string) *store.Order {
-	return &store.Order{State: state, By: server.Caller(ctx), At: time.Now().UTC().Truncate(time.Millisecond)}
+	return &store.Order{State: state, By: orderer(ctx), At: time.Now().UTC().Truncate(time.Millisecond)}
 }
 
 // give has the store keep an order, waits until it is in force here, and records the
@@ -296,7 +305,7 @@ func (o *orders) give(ctx context.Context, request, what string, judge func(stor
 		return false, false, fmt.Errorf("%d bytes, more than %d: %w", len(request), requestLength, server.ErrRequestID)
 	}
 	request = cmp.Or(request, uuid.NewString())
-	event.By = server.Caller(ctx)
+	event.By = orderer(ctx)
 	revision, changed, err := o.agent.store.Give(ctx, store.Wish{
 		Request: request, What: what,
 		Judge: func(now store.Orders) (map[store.Subject]*store.Order, error) {
@@ -323,9 +332,9 @@ func (o *orders) give(ctx context.Context, request, what string, judge func(stor
 	pending = !o.await(ctx, revision)
 	switch {
 	case changed && pending:
-		o.agent.log.Warn("order kept, and not in force here yet: "+what, "caller", server.Caller(ctx))
+		o.agent.log.Warn("order kept, and not in force here yet: "+what, "caller", orderer(ctx))
 	case changed:
-		o.agent.log.Info("order in force: "+what, "caller", server.Caller(ctx))
+		o.agent.log.Info("order in force: "+what, "caller", orderer(ctx))
 	}
 	o.tell(request)
 	return changed, pending, nil
@@ -390,43 +399,45 @@ func (s *service) spare(inForce map[store.Subject]store.Order, backend string) b
 // force. A witness has none.
 func (o *orders) spare(ctx context.Context, now store.Orders, node string) bool {
 	view, ok := o.agent.loop.view(ctx)
-	return ok && (o.agent.roles()[node] == config.Witness || o.agent.hasSubstitute(view, now.InForce, node))
+	k := o.agent.words.view()
+	return ok && (o.agent.role(k, node) == hameshv1.Role_ROLE_WITNESS || o.agent.hasSubstitute(view, k, now.InForce, node))
 }
 
-// hasSubstitute says whether another candidate than that node is eligible.
-func (a *Agent) hasSubstitute(view ownership.View, inForce map[store.Subject]store.Order, node string) bool {
-	eligible := map[string]bool{a.cfg.Node.Name: view.Eligible}
-	for _, p := range view.Peers {
-		eligible[p.Name] = p.Heard && p.Ready && p.Eligible
-	}
-	for member, role := range a.roles() {
-		if member != node && role == config.Candidate && eligible[member] && inForce[store.Subject{Node: member}].State != nodeDrained {
-			return true
+// hasSubstitute says whether another candidate than that node is eligible, by what all
+// members know together.
+func (a *Agent) hasSubstitute(view ownership.View, k known, inForce map[store.Subject]store.Order, node string) bool {
+	return slices.ContainsFunc(a.cfg.Members, func(m config.Member) bool {
+		eligible := view.Eligible
+		if m.Name != a.cfg.Node.Name {
+			of := k.Of[m.Name]
+			eligible = of.Known && of.Word != nil && of.Word.Says.GetReady() && of.Word.Says.GetEligible()
 		}
-	}
-	return false
+		return m.Name != node && eligible && a.role(k, m.Name) == hameshv1.Role_ROLE_CANDIDATE &&
+			inForce[store.Subject{Node: m.Name}].State != nodeDrained
+	})
 }
 
-// roles are the members', by their own word where it was heard.
-func (a *Agent) roles() map[string]config.Role {
-	all := map[string]config.Role{}
-	for _, m := range a.cfg.Members {
-		all[m.Name] = m.Role
-	}
-	all[a.cfg.Node.Name] = a.cfg.Node.Role
-	a.board.mu.Lock()
-	defer a.board.mu.Unlock()
-	for name, h := range a.board.peers {
-		all[name] = config.Candidate
-		if h.GetRole() == hameshv1.Role_ROLE_WITNESS {
-			all[name] = config.Witness
+// role is a member's, by its own word where there is one.
+func (a *Agent) role(k known, member string) hameshv1.Role {
+	role := a.cfg.Node.Role
+	if member != a.cfg.Node.Name {
+		if w := k.Of[member].Word; w != nil && w.Says.GetRole() != hameshv1.Role_ROLE_UNSPECIFIED {
+			return w.Says.GetRole()
+		}
+		for _, m := range a.cfg.Members {
+			if m.Name == member {
+				role = m.Role
+			}
 		}
 	}
-	return all
+	if role == config.Witness {
+		return hameshv1.Role_ROLE_WITNESS
+	}
+	return hameshv1.Role_ROLE_CANDIDATE
 }
 
 // drainProblems says what is left to do, or wrong, about a node that is drained.
-func (a *Agent) drainProblems(node string, view ownership.View) (all []*hameshv1.Problem) {
+func (a *Agent) drainProblems(node string, view ownership.View, k known) (all []*hameshv1.Problem) {
 	all = append(all, &hameshv1.Problem{
 		Code: "NODE_DRAINED", Message: node + " takes no VIP: " + a.orders.drained(node), Fix: "hactl undrain " + node + " when it is fit again",
 	})
@@ -434,7 +445,7 @@ func (a *Agent) drainProblems(node string, view ownership.View) (all []*hameshv1
 	inForce := a.orders.inForce // which is not changed, but replaced
 	a.orders.mu.Unlock()
 	for _, v := range view.VIPs {
-		if v.Record.Owner == node && !v.Record.Gone && !a.hasSubstitute(view, inForce, node) {
+		if v.Record.Owner == node && !v.Record.Gone && !a.hasSubstitute(view, k, inForce, node) {
 			all = append(all, &hameshv1.Problem{
 				Code: "DRAINED_NODE_OWNS", Message: node + " is drained, but keeps " + v.Name + ": no other candidate may take it",
 				Fix: "see why the other candidates are not eligible, or hactl undrain " + node,
@@ -444,9 +455,9 @@ func (a *Agent) drainProblems(node string, view ownership.View) (all []*hameshv1
 	return all
 }
 
-// keptConnections is how many connections a node still serves of VIPs that it gave away;
-// where they have not been counted yet, at least one.
-func (a *Agent) keptConnections(node string) (n uint32) {
+// keptConnections is how many connections a node still serves of VIPs that it gave away, by
+// its newest word; where they have not been counted yet, at least one.
+func (a *Agent) keptConnections(node string, h *hameshv1.Heartbeat) (n uint32) {
 	add := func(keeps bool, kept uint32) {
 		if keeps {
 			n += max(kept, 1)
@@ -459,9 +470,7 @@ func (a *Agent) keptConnections(node string) (n uint32) {
 		}
 		return n
 	}
-	a.board.mu.Lock()
-	defer a.board.mu.Unlock()
-	for _, v := range a.board.peers[node].GetVips() {
+	for _, v := range h.GetVips() {
 		add(v.GetKeeps(), v.GetKeptConnections())
 	}
 	return n

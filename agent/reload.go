@@ -14,6 +14,7 @@ import (
 	"github.com/hamesh/hamesh/agent/config"
 	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/ownership"
+	"github.com/hamesh/hamesh/agent/parts"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
@@ -104,8 +105,8 @@ func (r *reload) apply(ctx context.Context, newer *config.Config) error {
 		}
 	}
 	r.log.set(newer.Log)
-	digests := configDigests(newer)
-	a.digests.Store(&digests)
+	common := parts.Of(newer)
+	a.parts.Store(&common)
 	a.loop.post(ctx, ownership.Settings{Priority: newer.Node.Priority, VIPs: preferences(newer)})
 	return nil
 }

@@ -2,8 +2,10 @@ package agent
 
 import (
 	"context"
+	"slices"
 	"time"
 
+	"github.com/hamesh/hamesh/agent/hearsay"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
@@ -16,12 +18,13 @@ const (
 
 // steerStore keeps the embedded store's leader off the nodes that own a VIP: when both
 // are lost at once, taking over waits for etcd's election. A witness is the best place,
-// because it never owns. A drained node, which may be about to go, does not keep it either.
+// because it never owns. A drained node, which may be about to go, does not keep it either. Nor
+// does a node that has lost a member which another one hears: etcd would not answer there.
 func (a *Agent) steerStore(ctx context.Context) error {
 	if a.cfg.Store.Embedded == nil || len(a.cfg.Members) < 3 {
 		return nil
 	}
-	wait := steerEvery
+	wait, before := steerEvery, ""
 	for {
 		select {
 		case <-ctx.Done():
@@ -33,9 +36,11 @@ func (a *Agent) steerStore(ctx context.Context) error {
 			continue // only the leader can hand over
 		}
 		to := a.betterLeader(ctx)
-		if to == "" {
+		if to == "" || to != before { // what is so for a moment alone moves nothing
+			before = to
 			continue
 		}
+		before = ""
 		bounded, cancel := context.WithTimeout(ctx, steerPause)
 		err := a.store.MoveLeader(bounded, to)
 		cancel()
@@ -61,6 +66,10 @@ func (a *Agent) betterLeader(ctx context.Context) string {
 		}
 	}
 	drained := func(name string) bool { return a.orders.drained(name) != "" }
+	k := a.words.view()
+	if to := hearsMore(a.cfg.Node.Name, k); to != "" {
+		return to
+	}
 	if !owners[a.cfg.Node.Name] && !drained(a.cfg.Node.Name) {
 		return ""
 	}
@@ -68,11 +77,34 @@ func (a *Agent) betterLeader(ctx context.Context) string {
 	a.board.mu.Lock()
 	defer a.board.mu.Unlock()
 	for _, p := range view.Peers {
-		if !p.Heard || !p.Ready || owners[p.Name] || drained(p.Name) {
+		if !p.Heard || !p.Ready || owners[p.Name] || drained(p.Name) || misses(k, p.Name) {
 			continue
 		}
 		if best == "" || a.board.peers[p.Name].GetRole() == hameshv1.Role_ROLE_WITNESS {
 			best = p.Name
+		}
+	}
+	return best
+}
+
+// misses says whether a member does not hear another one that somebody hears, by its own word
+// to this member, or this one's own ears.
+func misses(k known, member string) bool {
+	return slices.ContainsFunc(k.Down, func(p hearsay.Pair) bool {
+		return k.Of[member].Heard && ((p.A == member && p.ADeaf) || (p.B == member && p.BDeaf))
+	})
+}
+
+// hearsMore is a member that hears all whom anybody hears, where this one does not; empty:
+// there is none, or no need.
+func hearsMore(self string, k known) string {
+	if !misses(k, self) {
+		return ""
+	}
+	best := ""
+	for name, of := range k.Of {
+		if name != self && of.Heard && of.Word != nil && of.Word.Says.GetReady() && !of.Word.Says.GetStoreAway() && !misses(k, name) && (best == "" || name < best) {
+			best = name
 		}
 	}
 	return best

@@ -265,7 +265,7 @@ func sees(s *hameshv1.GetStatusResponse) bool {
 func well(s *hameshv1.GetStatusResponse) *hameshv1.GetStatusResponse {
 	s = proto.CloneOf(s)
 	for _, n := range s.GetNodes() {
-		n.State = hameshv1.NodeState_NODE_STATE_READY
+		n.State, n.UnheardBy = hameshv1.NodeState_NODE_STATE_READY, nil
 	}
 	for _, b := range s.GetBackends() {
 		b.State = hameshv1.BackendState_BACKEND_STATE_UP
@@ -279,7 +279,7 @@ func well(s *hameshv1.GetStatusResponse) *hameshv1.GetStatusResponse {
 // backend, which does not show whether it is up, becomes in now what it was before.
 func differences(was, now *hameshv1.GetStatusResponse) (all []*hameshv1.Event) {
 	for i, n := range now.GetNodes() {
-		before, after := standing(was.GetNodes()[i].GetState()), standing(n.GetState())
+		before, after := standing(was.GetNodes()[i], was.GetReportedBy()), standing(n, now.GetReportedBy())
 		if before == after || n.GetName() == now.GetReportedBy() {
 			continue
 		}
@@ -322,12 +322,15 @@ func differences(was, now *hameshv1.GetStatusResponse) (all []*hameshv1.Event) {
 	return all
 }
 
-// standing is a node's state, orders aside.
-func standing(s hameshv1.NodeState) hameshv1.NodeState {
-	if s == hameshv1.NodeState_NODE_STATE_DRAINED {
+// standing is a node's state as one member's own ears have it, orders aside.
+func standing(n *hameshv1.Node, listener string) hameshv1.NodeState {
+	switch {
+	case slices.Contains(n.GetUnheardBy(), listener):
+		return hameshv1.NodeState_NODE_STATE_DOWN
+	case n.GetState() == hameshv1.NodeState_NODE_STATE_DRAINED:
 		return hameshv1.NodeState_NODE_STATE_READY
 	}
-	return s
+	return n.GetState()
 }
 
 // serving is a backend's state, an order to drain it aside: what is down is not draining.
@@ -340,7 +343,8 @@ func serving(s hameshv1.BackendState) hameshv1.BackendState {
 
 // toldElsewhere are the problems that are events of another kind, or none.
 var toldElsewhere = []string{
-	"STORE_UNAVAILABLE", "NODE_DOWN", "NODE_NOT_READY", "NODE_DRAINED", "BACKEND_DOWN", "BACKEND_ORDERED",
+	"STORE_UNAVAILABLE", "NODE_DOWN", "NODE_NOT_READY", "NODE_DRAINED", "BACKEND_DOWN", "BACKEND_VIEWS_DIFFER",
+	"BACKEND_ORDERED", "MEMBER_CUT_OFF",
 	"VIP_FAILSAFE", "VIP_IN_USE", "TLS_INSECURE", "CONFIG_REFUSED",
 }
 

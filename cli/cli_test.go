@@ -66,6 +66,16 @@ func degraded() *hameshv1.GetStatusResponse {
 	s.Nodes[1].Reason = "API server not ready: /readyz answered 500"
 	s.Backends[1].State, s.Backends[1].Connections = hameshv1.BackendState_BACKEND_STATE_DOWN, 0
 	s.Backends[1].Reason, s.Backends[1].SeenUpBy = "/readyz answered 500", nil
+	link := func(from, to string, heard time.Duration, lost bool) *hameshv1.Link {
+		return &hameshv1.Link{From: from, To: to, Heard: durationpb.New(heard), Lost: lost}
+	}
+	s.Links = []*hameshv1.Link{
+		link("cp-2", "cp-1", 75*time.Second, true), link("cp-3", "cp-1", 43*time.Millisecond, false),
+		{From: "cp-1", To: "cp-2", Lost: true}, link("cp-3", "cp-2", 80*time.Millisecond, false),
+		link("cp-1", "cp-3", 94*time.Millisecond, false),
+	}
+	s.Links[4].Unconnected = true
+	s.Nodes[1].UnheardBy = []string{"cp-1"}
 	s.Problems = []*hameshv1.Problem{{
 		Code: "BACKEND_DOWN", Message: "API server cp-2 (10.77.0.12:6443) is not ready: /readyz answered 500",
 		Fix: "look into the API server's log on cp-2",

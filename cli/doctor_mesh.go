@@ -9,25 +9,33 @@ import (
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
 
+// configurationsDiffer is the code of members' configurations that differ, in the status and
+// here.
+const configurationsDiffer = "CONFIGURATIONS_DIFFER"
+
 // whys say why the problems that agents report matter.
 var whys = map[string]string{
-	"STORE_UNAVAILABLE": "owners stay where they are, but nobody can take over from one that fails",
-	"VIP_NO_HOLDER":     "clients of the address get no answer",
-	"VIP_TWO_HOLDERS":   "clients of the address reach one node or the other, and lose their connections",
-	"VIP_IN_USE":        "two machines with one address serve nobody reliably",
-	"VIP_CONFLICT":      "neighbours learn the wrong machine, and send their packets there",
-	"VIP_FAILSAFE":      "if the owner fails too, nobody can take over before the store is back",
-	"NODE_DOWN":         "it can take over nothing, and the next loss may cost the majority",
-	"NODE_NOT_READY":    "it neither confirms owners nor takes over",
-	"NODE_NOT_ELIGIBLE": "it takes over nothing",
-	"NODE_DRAINED":      "it takes over nothing",
-	"DRAINED_NODE_OWNS": "stopping it takes the address away for a moment",
-	"BACKEND_ORDERED":   "fewer API servers serve the clients",
-	"BACKEND_DOWN":      "fewer API servers serve the clients",
-	"NO_BACKEND":        "clients get no answer",
-	"PROXY_NOT_SERVING": "clients would get no answer if the address came to that node",
-	"TLS_INSECURE":      "who controls the address controls what clients believe to be the API server",
-	"LINK_ONE_WAY":      "one more path that fails, and the two do not hear each other at all",
+	"STORE_UNAVAILABLE":    "owners stay where they are, but nobody can take over from one that fails",
+	"VIP_NO_HOLDER":        "clients of the address get no answer",
+	"VIP_TWO_HOLDERS":      "clients of the address reach one node or the other, and lose their connections",
+	"VIP_IN_USE":           "two machines with one address serve nobody reliably",
+	"VIP_CONFLICT":         "neighbours learn the wrong machine, and send their packets there",
+	"VIP_FAILSAFE":         "if the owner fails too, nobody can take over before the store is back",
+	"NODE_DOWN":            "it can take over nothing, and the next loss may cost the majority",
+	"NODE_NOT_READY":       "it neither confirms owners nor takes over",
+	"NODE_NOT_ELIGIBLE":    "it takes over nothing",
+	"NODE_DRAINED":         "it takes over nothing",
+	"DRAINED_NODE_OWNS":    "stopping it takes the address away for a moment",
+	"BACKEND_ORDERED":      "fewer API servers serve the clients",
+	"BACKEND_DOWN":         "fewer API servers serve the clients",
+	"NO_BACKEND":           "clients get no answer",
+	"PROXY_NOT_SERVING":    "clients would get no answer if the address came to that node",
+	"TLS_INSECURE":         "who controls the address controls what clients believe to be the API server",
+	"LINK_DOWN":            "neither of the two can hand a VIP to the other one, and another such loss may cost the majority",
+	"MEMBER_CUT_OFF":       "it can hold and take over nothing, and what it knows of the others is old",
+	"BACKEND_VIEWS_DIFFER": "clients get there through some nodes only: which server they have changes when the address moves",
+	configurationsDiffer:   "the promise that one node at most holds an address rests on members that agree on members and timing",
+	"LINK_ONE_WAY":         "one more path that fails, and the two do not hear each other at all",
 }
 
 // parts are what Node.config_digests are of, in their order.
@@ -90,8 +98,12 @@ func (d *doctor) unheard() error {
 	return fmt.Errorf("nothing was heard of %s", strings.Join(names, ", "))
 }
 
-// configurations compares the members' configurations with that of the one that answers.
+// configurations compares the members' configurations with that of the one that answers,
+// where that one, being older, does not do it itself.
 func (d *doctor) configurations(context.Context) (all []finding, _ error) {
+	if slices.ContainsFunc(d.status.GetProblems(), func(p *hameshv1.Problem) bool { return p.GetCode() == configurationsDiffer }) {
+		return nil, d.unheard()
+	}
 	own := findNode(d.status, d.status.GetReportedBy())
 	for _, n := range d.status.GetNodes() {
 		theirs := n.GetConfigDigests()
@@ -106,9 +118,9 @@ func (d *doctor) configurations(context.Context) (all []finding, _ error) {
 		}
 		if len(differ) > 0 {
 			all = append(all, finding{
-				Code: "CONFIGURATIONS_DIFFER", Node: n.GetName(),
+				Code: configurationsDiffer, Node: n.GetName(),
 				Found: fmt.Sprintf("the configurations of %s and %s differ in: %s", n.GetName(), own.GetName(), strings.Join(differ, ", ")),
-				Why:   "the promise that one node at most holds an address rests on members that agree on members and timing",
+				Why:   whys[configurationsDiffer],
 				Fix:   "make those parts of /etc/hamesh/agent.yaml the same on both; what was changed has to be put in force on each",
 			})
 		}

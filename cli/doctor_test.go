@@ -99,6 +99,10 @@ func TestDoctorOfTheMesh(t *testing.T) {
 		"an unknown version": {func(s *hameshv1.GetStatusResponse) { s.Nodes[1].Version, s.Nodes[1].ConfigDigests = "", nil }, nil},
 		"timing": {func(s *hameshv1.GetStatusResponse) { s.Nodes[1].ConfigDigests = []string{"m", "v", "p", "x", "s", "a"} },
 			[]string{"CONFIGURATIONS_DIFFER"}},
+		"timing, told by the mesh": {func(s *hameshv1.GetStatusResponse) {
+			s.Nodes[1].ConfigDigests = []string{"m", "v", "p", "x", "s", "a"}
+			s.Problems = append(s.Problems, &hameshv1.Problem{Code: "CONFIGURATIONS_DIFFER", Message: "timing.holdWindow: 300ms on cp-1, 200ms on cp-2", Fix: "mend it"})
+		}, []string{"CONFIGURATIONS_DIFFER"}},
 		"of another version": {func(s *hameshv1.GetStatusResponse) {
 			s.Nodes[1].Version, s.Nodes[1].ConfigDigests = "v0.2.0", []string{"m", "v", "p", "x", "s", "a"}
 		}, []string{"VERSIONS_DIFFER"}},

@@ -23,7 +23,7 @@ func (v view) status(s *hameshv1.GetStatusResponse) string {
 	var out strings.Builder
 	fmt.Fprintf(&out, "MESH  %s   %s   %s   answered by %s\n",
 		s.GetMesh(), v.state(s.GetState().String(), "STATE_"), v.store(s.GetStore()), s.GetReportedBy())
-	for _, section := range []string{v.vips(s.GetVips()), v.nodes(s.GetNodes()), v.backends(s.GetBackends()), v.problems(s.GetProblems())} {
+	for _, section := range []string{v.vips(s.GetVips()), v.nodes(s.GetNodes()), v.backends(s.GetBackends()), v.links(s), v.problems(s.GetProblems())} {
 		if section != "" {
 			out.WriteString("\n" + section + "\n")
 		}
@@ -76,6 +76,49 @@ func (v view) backends(backends []*hameshv1.Backend) string {
 			strings.Join(backend.GetSeenUpBy(), ",")).extend(v.wide, backend.GetNode()).extend(true, backend.GetReason())
 	}
 	return rows.render()
+}
+
+// links is who hears whom: a row for each member that listens, a column for each that speaks.
+func (v view) links(s *hameshv1.GetStatusResponse) string {
+	if !v.wide || len(s.GetLinks()) == 0 {
+		return ""
+	}
+	heard := map[[2]string]string{}
+	for _, l := range s.GetLinks() {
+		heard[[2]string{l.GetFrom(), l.GetTo()}] = v.link(l)
+	}
+	rows := newRows("HEARS")
+	for _, from := range s.GetNodes() {
+		rows.extend(true, from.GetName())
+	}
+	for _, to := range s.GetNodes() {
+		rows.add(to.GetName())
+		for _, from := range s.GetNodes() {
+			cell := heard[[2]string{from.GetName(), to.GetName()}]
+			if cell == "" && from != to {
+				cell = "?" // nobody says
+			}
+			rows.extend(true, cell)
+		}
+	}
+	return rows.render()
+}
+
+// link is how long ago one member was heard by another one.
+func (v view) link(l *hameshv1.Link) string {
+	ago := "never"
+	if d := l.GetHeard().AsDuration(); l.GetHeard() != nil && d < time.Minute {
+		ago = d.Round(10*time.Millisecond).String() + " ago"
+	} else if l.GetHeard() != nil {
+		ago = age(d) + " ago"
+	}
+	switch {
+	case l.GetLost():
+		return v.paint("LOST, "+ago, text.FgRed)
+	case l.GetUnconnected():
+		return v.paint("ONE WAY, "+ago, text.FgYellow)
+	}
+	return ago
 }
 
 func (v view) problems(problems []*hameshv1.Problem) string {

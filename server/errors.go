@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -82,6 +83,24 @@ var errorTable = []struct {
 	{errEmptyHeartbeat, codes.InvalidArgument, "HEARTBEAT_MISSING"},
 	{errStopping, codes.Unavailable, "STOPPING"},
 	{errPanic, codes.Internal, "INTERNAL"},
+}
+
+// Is says whether err is one of the errors above, said here or by another agent.
+func Is(err, target error) bool {
+	if errors.Is(err, target) {
+		return true
+	}
+	var reason string
+	for _, row := range errorTable {
+		if errors.Is(target, row.err) {
+			reason = row.reason
+		}
+	}
+	st, ok := status.FromError(err)
+	return ok && reason != "" && slices.ContainsFunc(st.Details(), func(detail any) bool {
+		info, ok := detail.(*errdetails.ErrorInfo)
+		return ok && info.GetDomain() == ErrorDomain && info.GetReason() == reason
+	})
 }
 
 // statusError turns err into what goes over the wire. An error that already is a gRPC

@@ -31,7 +31,7 @@ func (s *Server) WatchStatus(_ *hameshv1.WatchStatusRequest, stream grpc.ServerS
 	for {
 		// Asked for before the status is read, so that no change is missed in between.
 		changed := s.status.Changed()
-		if status := s.status.Status(); !proto.Equal(status, last) {
+		if status := s.status.Status(); last == nil || !proto.Equal(ageless(status), ageless(last)) {
 			if err := stream.Send(&hameshv1.WatchStatusResponse{Status: status}); err != nil {
 				return err
 			}
@@ -46,6 +46,16 @@ func (s *Server) WatchStatus(_ *hameshv1.WatchStatusRequest, stream grpc.ServerS
 			return err
 		}
 	}
+}
+
+// ageless is a status without what changes at every moment: how long ago members have heard
+// each other.
+func ageless(s *hameshv1.GetStatusResponse) *hameshv1.GetStatusResponse {
+	s = proto.CloneOf(s)
+	for _, l := range s.GetLinks() {
+		l.Heard, l.Told = nil, nil
+	}
+	return s
 }
 
 // wait returns nil at an event or at the latest instant, and an error when the caller

@@ -22,7 +22,11 @@ const (
 	HeartbeatsSent     = "hamesh_heartbeats_sent_total"     // broadcasts
 	HeartbeatsReceived = "hamesh_heartbeats_received_total" // label peer
 	HeartbeatSeconds   = "hamesh_heartbeat_rtt_seconds"     // heartbeat to ack; label peer
+	HeartbeatBytes     = "hamesh_heartbeat_bytes"           // size of the last one sent
+	HeartbeatHearsay   = "hamesh_heartbeat_hearsay"         // words of other members passed on in it; 0 at rest
 	PeerUp             = "hamesh_peer_up"                   // 1: heard within the suspicion time; label peer
+
+	LinkHeard = "hamesh_link_heard_seconds" // age of the newest heartbeat that came; labels from, to
 
 	BackendUp          = "hamesh_backend_up"                     // 1: gets new connections; labels proxy, backend
 	BackendConnections = "hamesh_backend_connections"            // established through this node

@@ -31,7 +31,7 @@ type Data struct {
 var text string
 
 var page = template.Must(template.New("page").Funcs(template.FuncMap{
-	"age": age, "list": list, "object": object, "when": when, "word": word,
+	"age": age, "heard": heard, "link": link, "list": list, "object": object, "when": when, "word": word,
 }).Parse(text))
 
 // policy lets the page have its own style and nothing else (Content Security Policy
@@ -70,6 +70,28 @@ func word(value fmt.Stringer) string {
 }
 
 func list(names []string) string { return strings.Join(names, ", ") }
+
+// link finds the one from one member to another; nil: nothing is known of it.
+func link(all []*hameshv1.Link, from, to string) *hameshv1.Link {
+	for _, l := range all {
+		if l.GetFrom() == from && l.GetTo() == to {
+			return l
+		}
+	}
+	return nil
+}
+
+// heard is how long ago the member at the end of a link has heard the other one.
+func heard(l *hameshv1.Link) string {
+	d := l.GetHeard().AsDuration()
+	switch {
+	case l.GetHeard() == nil:
+		return "never heard"
+	case d < time.Second:
+		return fmt.Sprintf("%d ms ago", d.Milliseconds())
+	}
+	return d.Truncate(time.Second).String() + " ago"
+}
 
 // age is for how long something has been so, in two units at most.
 func age(now time.Time, since *timestamppb.Timestamp) string {

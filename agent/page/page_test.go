@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/net/html"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
@@ -41,10 +42,14 @@ func sick() Data {
 				{Name: "cp-2", Address: "10.77.0.12", Role: hameshv1.Role_ROLE_CANDIDATE, State: hameshv1.NodeState_NODE_STATE_DRAINED, Reason: "drained by alice", KeptConnections: 17, Version: "v1.2.2"},
 				{Name: "cp-3", Address: "10.77.0.13", Role: hameshv1.Role_ROLE_WITNESS, State: hameshv1.NodeState_NODE_STATE_DOWN, Reason: "not heard for 1m0s"},
 			},
+			Links: []*hameshv1.Link{
+				{From: "cp-2", To: "cp-1", Heard: durationpb.New(75 * time.Second), Lost: true}, {From: "cp-3", To: "cp-1", Lost: true},
+				{From: "cp-1", To: "cp-2", Heard: durationpb.New(43 * time.Millisecond), Unconnected: true},
+			},
 			Proxies: []*hameshv1.Proxy{{Name: "kube-api", Port: 16443}, {Name: "other", Port: 9345}},
 			Backends: []*hameshv1.Backend{
 				{Name: "cp-1", Proxy: "kube-api", Address: "10.77.0.11:6443", State: hameshv1.BackendState_BACKEND_STATE_UP, Connections: 41, SeenUpBy: []string{"cp-1", "cp-2"}},
-				{Name: "cp-2", Proxy: "kube-api", Address: "10.77.0.12:6443", State: hameshv1.BackendState_BACKEND_STATE_DRAINING, Connections: 3, SeenUpBy: []string{"cp-1"}},
+				{Name: "cp-2", Proxy: "kube-api", Address: "10.77.0.12:6443", State: hameshv1.BackendState_BACKEND_STATE_DRAINING, Connections: 3, SeenUpBy: []string{"cp-1"}, SeenDownBy: []string{"cp-2"}},
 				{Name: "cp-3", Proxy: "other", Address: "10.77.0.13:9345", State: hameshv1.BackendState_BACKEND_STATE_DOWN, Reason: `/readyz answered 500: <script>alert("x")</script>`},
 			},
 			Store:    &hameshv1.Store{Kind: "embedded", Members: []string{"cp-1", "cp-2", "cp-3"}},

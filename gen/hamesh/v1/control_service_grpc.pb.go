@@ -33,7 +33,8 @@ const (
 // ControlService changes the mesh. Role operator.
 type ControlServiceClient interface {
 	// MoveVip hands a VIP from its owner to another candidate and reports each
-	// phase. Any member takes the call and passes it on to the owner.
+	// phase. Any member takes the call and passes it on to the owner, by way of others
+	// where it has to, and reads the outcome off the VIP's record where no answer comes.
 	// Errors: NOT_FOUND (VIP_UNKNOWN, NODE_UNKNOWN), FAILED_PRECONDITION
 	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), INVALID_ARGUMENT
 	// (REQUEST_ID_INVALID), ABORTED (MOVE_IN_PROGRESS, MOVE_FAILED), UNAVAILABLE
@@ -140,7 +141,8 @@ func (c *controlServiceClient) CrashAgent(ctx context.Context, in *CrashAgentReq
 // ControlService changes the mesh. Role operator.
 type ControlServiceServer interface {
 	// MoveVip hands a VIP from its owner to another candidate and reports each
-	// phase. Any member takes the call and passes it on to the owner.
+	// phase. Any member takes the call and passes it on to the owner, by way of others
+	// where it has to, and reads the outcome off the VIP's record where no answer comes.
 	// Errors: NOT_FOUND (VIP_UNKNOWN, NODE_UNKNOWN), FAILED_PRECONDITION
 	// (NODE_NOT_ELIGIBLE, NO_OTHER_CANDIDATE, NO_OWNER), INVALID_ARGUMENT
 	// (REQUEST_ID_INVALID), ABORTED (MOVE_IN_PROGRESS, MOVE_FAILED), UNAVAILABLE

@@ -403,6 +403,17 @@ type Heartbeat struct {
 	Macs [][]byte `protobuf:"bytes,14,rep,name=macs,proto3" json:"macs,omitempty"`
 	// Digests of its configuration, 4 bytes each, as in Node.config_digests.
 	ConfigDigests []byte `protobuf:"bytes,15,opt,name=config_digests,json=configDigests,proto3" json:"config_digests,omitempty"`
+	// How it hears each other member.
+	Hears []*Hearing `protobuf:"bytes,20,rep,name=hears,proto3" json:"hears,omitempty"`
+	// The newest heartbeats of members that somebody else does not hear, as they were heard.
+	// They are for people and for the way of orders: no right, and no connection, rests on them.
+	Hearsay []*Hearsay `protobuf:"bytes,21,rep,name=hearsay,proto3" json:"hearsay,omitempty"`
+	// The store does not answer it.
+	StoreAway bool `protobuf:"varint,22,opt,name=store_away,json=storeAway,proto3" json:"store_away,omitempty"`
+	// The member that leads etcd, as it knows; empty: unknown or none.
+	StoreLeader string `protobuf:"bytes,23,opt,name=store_leader,json=storeLeader,proto3" json:"store_leader,omitempty"`
+	// Those parts of its configuration in which another member's is different.
+	ConfigParts   []*ConfigPart `protobuf:"bytes,24,rep,name=config_parts,json=configParts,proto3" json:"config_parts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,6 +546,215 @@ func (x *Heartbeat) GetConfigDigests() []byte {
 	return nil
 }
 
+func (x *Heartbeat) GetHears() []*Hearing {
+	if x != nil {
+		return x.Hears
+	}
+	return nil
+}
+
+func (x *Heartbeat) GetHearsay() []*Hearsay {
+	if x != nil {
+		return x.Hearsay
+	}
+	return nil
+}
+
+func (x *Heartbeat) GetStoreAway() bool {
+	if x != nil {
+		return x.StoreAway
+	}
+	return false
+}
+
+func (x *Heartbeat) GetStoreLeader() string {
+	if x != nil {
+		return x.StoreLeader
+	}
+	return ""
+}
+
+func (x *Heartbeat) GetConfigParts() []*ConfigPart {
+	if x != nil {
+		return x.ConfigParts
+	}
+	return nil
+}
+
+// Hearing is how one member hears another one.
+type Hearing struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The other one.
+	Member string `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	// How long ago the newest heartbeat of that one came, in milliseconds; absent: none did.
+	AgeMs *uint32 `protobuf:"varint,2,opt,name=age_ms,json=ageMs,proto3,oneof" json:"age_ms,omitempty"`
+	// It has had no connection of its own to that one for some seconds.
+	Unconnected   bool `protobuf:"varint,3,opt,name=unconnected,proto3" json:"unconnected,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Hearing) Reset() {
+	*x = Hearing{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Hearing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Hearing) ProtoMessage() {}
+
+func (x *Hearing) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Hearing.ProtoReflect.Descriptor instead.
+func (*Hearing) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Hearing) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+func (x *Hearing) GetAgeMs() uint32 {
+	if x != nil && x.AgeMs != nil {
+		return *x.AgeMs
+	}
+	return 0
+}
+
+func (x *Hearing) GetUnconnected() bool {
+	if x != nil {
+		return x.Unconnected
+	}
+	return false
+}
+
+// Hearsay is a heartbeat that somebody else heard.
+type Hearsay struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was heard, without what was passed on in it.
+	Heartbeat *Heartbeat `protobuf:"bytes,1,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
+	// How long ago, in milliseconds, over all who have passed it on.
+	AgeMs         uint32 `protobuf:"varint,2,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Hearsay) Reset() {
+	*x = Hearsay{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Hearsay) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Hearsay) ProtoMessage() {}
+
+func (x *Hearsay) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Hearsay.ProtoReflect.Descriptor instead.
+func (*Hearsay) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Hearsay) GetHeartbeat() *Heartbeat {
+	if x != nil {
+		return x.Heartbeat
+	}
+	return nil
+}
+
+func (x *Hearsay) GetAgeMs() uint32 {
+	if x != nil {
+		return x.AgeMs
+	}
+	return 0
+}
+
+// ConfigPart is one part of a configuration, in words.
+type ConfigPart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The part's place in config_digests.
+	Part uint32 `protobuf:"varint,1,opt,name=part,proto3" json:"part,omitempty"`
+	// The part as JSON; empty: too long to be sent.
+	Text          []byte `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfigPart) Reset() {
+	*x = ConfigPart{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfigPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfigPart) ProtoMessage() {}
+
+func (x *ConfigPart) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfigPart.ProtoReflect.Descriptor instead.
+func (*ConfigPart) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ConfigPart) GetPart() uint32 {
+	if x != nil {
+		return x.Part
+	}
+	return 0
+}
+
+func (x *ConfigPart) GetText() []byte {
+	if x != nil {
+		return x.Text
+	}
+	return nil
+}
+
 // Record is who owns a VIP, as the store has it or had it.
 type Record struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -564,7 +784,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -576,7 +796,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -589,7 +809,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Record) GetOwner() string {
@@ -700,7 +920,7 @@ type VipReport struct {
 
 func (x *VipReport) Reset() {
 	*x = VipReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +932,7 @@ func (x *VipReport) String() string {
 func (*VipReport) ProtoMessage() {}
 
 func (x *VipReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +945,7 @@ func (x *VipReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VipReport.ProtoReflect.Descriptor instead.
 func (*VipReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *VipReport) GetName() string {
@@ -832,7 +1052,7 @@ type Ask struct {
 
 func (x *Ask) Reset() {
 	*x = Ask{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +1064,7 @@ func (x *Ask) String() string {
 func (*Ask) ProtoMessage() {}
 
 func (x *Ask) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +1077,7 @@ func (x *Ask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ask.ProtoReflect.Descriptor instead.
 func (*Ask) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Ask) GetRevision() int64 {
@@ -891,7 +1111,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +1123,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +1136,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{10}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Grant) GetRevision() int64 {
@@ -966,7 +1186,7 @@ type BackendReport struct {
 
 func (x *BackendReport) Reset() {
 	*x = BackendReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -978,7 +1198,7 @@ func (x *BackendReport) String() string {
 func (*BackendReport) ProtoMessage() {}
 
 func (x *BackendReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -991,7 +1211,7 @@ func (x *BackendReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendReport.ProtoReflect.Descriptor instead.
 func (*BackendReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{11}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *BackendReport) GetProxy() string {
@@ -1053,7 +1273,7 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06opened\x18\x05 \x01(\fR\x06opened\x12\x16\n" +
 	"\x06closed\x18\x06 \x01(\fR\x06closed\x12\x12\n" +
 	"\x04boot\x18\a \x01(\x04R\x04boot\"\x14\n" +
-	"\x12ShareFlowsResponse\"\xa9\x03\n" +
+	"\x12ShareFlowsResponse\"\xfd\x04\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x1a\n" +
@@ -1069,7 +1289,25 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x04role\x18\f \x01(\x0e2\x0f.hamesh.v1.RoleR\x04role\x12\x1a\n" +
 	"\bpriority\x18\r \x01(\x05R\bpriority\x12\x12\n" +
 	"\x04macs\x18\x0e \x03(\fR\x04macs\x12%\n" +
-	"\x0econfig_digests\x18\x0f \x01(\fR\rconfigDigests\"\xfc\x01\n" +
+	"\x0econfig_digests\x18\x0f \x01(\fR\rconfigDigests\x12(\n" +
+	"\x05hears\x18\x14 \x03(\v2\x12.hamesh.v1.HearingR\x05hears\x12,\n" +
+	"\ahearsay\x18\x15 \x03(\v2\x12.hamesh.v1.HearsayR\ahearsay\x12\x1d\n" +
+	"\n" +
+	"store_away\x18\x16 \x01(\bR\tstoreAway\x12!\n" +
+	"\fstore_leader\x18\x17 \x01(\tR\vstoreLeader\x128\n" +
+	"\fconfig_parts\x18\x18 \x03(\v2\x15.hamesh.v1.ConfigPartR\vconfigParts\"j\n" +
+	"\aHearing\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\x12\x1a\n" +
+	"\x06age_ms\x18\x02 \x01(\rH\x00R\x05ageMs\x88\x01\x01\x12 \n" +
+	"\vunconnected\x18\x03 \x01(\bR\vunconnectedB\t\n" +
+	"\a_age_ms\"T\n" +
+	"\aHearsay\x122\n" +
+	"\theartbeat\x18\x01 \x01(\v2\x14.hamesh.v1.HeartbeatR\theartbeat\x12\x15\n" +
+	"\x06age_ms\x18\x02 \x01(\rR\x05ageMs\"4\n" +
+	"\n" +
+	"ConfigPart\x12\x12\n" +
+	"\x04part\x18\x01 \x01(\rR\x04part\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\fR\x04text\"\xfc\x01\n" +
 	"\x06Record\x12\x14\n" +
 	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x1d\n" +
 	"\n" +
@@ -1131,7 +1369,7 @@ func file_hamesh_v1_mesh_service_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_mesh_service_proto_rawDescData
 }
 
-var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_hamesh_v1_mesh_service_proto_goTypes = []any{
 	(*ExchangeRequest)(nil),    // 0: hamesh.v1.ExchangeRequest
 	(*ExchangeResponse)(nil),   // 1: hamesh.v1.ExchangeResponse
@@ -1140,37 +1378,44 @@ var file_hamesh_v1_mesh_service_proto_goTypes = []any{
 	(*ShareFlowsRequest)(nil),  // 4: hamesh.v1.ShareFlowsRequest
 	(*ShareFlowsResponse)(nil), // 5: hamesh.v1.ShareFlowsResponse
 	(*Heartbeat)(nil),          // 6: hamesh.v1.Heartbeat
-	(*Record)(nil),             // 7: hamesh.v1.Record
-	(*VipReport)(nil),          // 8: hamesh.v1.VipReport
-	(*Ask)(nil),                // 9: hamesh.v1.Ask
-	(*Grant)(nil),              // 10: hamesh.v1.Grant
-	(*BackendReport)(nil),      // 11: hamesh.v1.BackendReport
-	(Role)(0),                  // 12: hamesh.v1.Role
-	(Right)(0),                 // 13: hamesh.v1.Right
-	(BackendState)(0),          // 14: hamesh.v1.BackendState
+	(*Hearing)(nil),            // 7: hamesh.v1.Hearing
+	(*Hearsay)(nil),            // 8: hamesh.v1.Hearsay
+	(*ConfigPart)(nil),         // 9: hamesh.v1.ConfigPart
+	(*Record)(nil),             // 10: hamesh.v1.Record
+	(*VipReport)(nil),          // 11: hamesh.v1.VipReport
+	(*Ask)(nil),                // 12: hamesh.v1.Ask
+	(*Grant)(nil),              // 13: hamesh.v1.Grant
+	(*BackendReport)(nil),      // 14: hamesh.v1.BackendReport
+	(Role)(0),                  // 15: hamesh.v1.Role
+	(Right)(0),                 // 16: hamesh.v1.Right
+	(BackendState)(0),          // 17: hamesh.v1.BackendState
 }
 var file_hamesh_v1_mesh_service_proto_depIdxs = []int32{
 	6,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
 	6,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
-	8,  // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
-	11, // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
-	12, // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
-	7,  // 5: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
-	13, // 6: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
-	10, // 7: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
-	9,  // 8: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
-	14, // 9: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
-	0,  // 10: hamesh.v1.MeshService.Exchange:input_type -> hamesh.v1.ExchangeRequest
-	2,  // 11: hamesh.v1.MeshService.Withdrawn:input_type -> hamesh.v1.WithdrawnRequest
-	4,  // 12: hamesh.v1.MeshService.ShareFlows:input_type -> hamesh.v1.ShareFlowsRequest
-	1,  // 13: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
-	3,  // 14: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
-	5,  // 15: hamesh.v1.MeshService.ShareFlows:output_type -> hamesh.v1.ShareFlowsResponse
-	13, // [13:16] is the sub-list for method output_type
-	10, // [10:13] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	11, // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
+	14, // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
+	15, // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
+	7,  // 5: hamesh.v1.Heartbeat.hears:type_name -> hamesh.v1.Hearing
+	8,  // 6: hamesh.v1.Heartbeat.hearsay:type_name -> hamesh.v1.Hearsay
+	9,  // 7: hamesh.v1.Heartbeat.config_parts:type_name -> hamesh.v1.ConfigPart
+	6,  // 8: hamesh.v1.Hearsay.heartbeat:type_name -> hamesh.v1.Heartbeat
+	10, // 9: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
+	16, // 10: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
+	13, // 11: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
+	12, // 12: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
+	17, // 13: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
+	0,  // 14: hamesh.v1.MeshService.Exchange:input_type -> hamesh.v1.ExchangeRequest
+	2,  // 15: hamesh.v1.MeshService.Withdrawn:input_type -> hamesh.v1.WithdrawnRequest
+	4,  // 16: hamesh.v1.MeshService.ShareFlows:input_type -> hamesh.v1.ShareFlowsRequest
+	1,  // 17: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
+	3,  // 18: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
+	5,  // 19: hamesh.v1.MeshService.ShareFlows:output_type -> hamesh.v1.ShareFlowsResponse
+	17, // [17:20] is the sub-list for method output_type
+	14, // [14:17] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_mesh_service_proto_init() }
@@ -1179,13 +1424,14 @@ func file_hamesh_v1_mesh_service_proto_init() {
 		return
 	}
 	file_hamesh_v1_types_proto_init()
+	file_hamesh_v1_mesh_service_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_mesh_service_proto_rawDesc), len(file_hamesh_v1_mesh_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

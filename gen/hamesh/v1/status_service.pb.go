@@ -82,7 +82,9 @@ type GetStatusResponse struct {
 	// Every proxy, in the order of the configuration.
 	Proxies []*Proxy `protobuf:"bytes,9,rep,name=proxies,proto3" json:"proxies,omitempty"`
 	// The TCP port on which every member serves gRPC, by the answering one's configuration.
-	ApiPort       uint32 `protobuf:"varint,10,opt,name=api_port,json=apiPort,proto3" json:"api_port,omitempty"`
+	ApiPort uint32 `protobuf:"varint,10,opt,name=api_port,json=apiPort,proto3" json:"api_port,omitempty"`
+	// How every member hears every other one, as far as that is known.
+	Links         []*Link `protobuf:"bytes,20,rep,name=links,proto3" json:"links,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -185,6 +187,13 @@ func (x *GetStatusResponse) GetApiPort() uint32 {
 		return x.ApiPort
 	}
 	return 0
+}
+
+func (x *GetStatusResponse) GetLinks() []*Link {
+	if x != nil {
+		return x.Links
+	}
+	return nil
 }
 
 // WatchStatusRequest asks for the present status and every change after it.
@@ -508,7 +517,7 @@ var File_hamesh_v1_status_service_proto protoreflect.FileDescriptor
 const file_hamesh_v1_status_service_proto_rawDesc = "" +
 	"\n" +
 	"\x1ehamesh/v1/status_service.proto\x12\thamesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15hamesh/v1/types.proto\"\x12\n" +
-	"\x10GetStatusRequest\"\x8a\x03\n" +
+	"\x10GetStatusRequest\"\xb1\x03\n" +
 	"\x11GetStatusResponse\x12\x12\n" +
 	"\x04mesh\x18\x01 \x01(\tR\x04mesh\x12\x1f\n" +
 	"\vreported_by\x18\x02 \x01(\tR\n" +
@@ -521,7 +530,8 @@ const file_hamesh_v1_status_service_proto_rawDesc = "" +
 	"\bproblems\x18\b \x03(\v2\x12.hamesh.v1.ProblemR\bproblems\x12*\n" +
 	"\aproxies\x18\t \x03(\v2\x10.hamesh.v1.ProxyR\aproxies\x12\x19\n" +
 	"\bapi_port\x18\n" +
-	" \x01(\rR\aapiPort\"\x14\n" +
+	" \x01(\rR\aapiPort\x12%\n" +
+	"\x05links\x18\x14 \x03(\v2\x0f.hamesh.v1.LinkR\x05links\"\x14\n" +
 	"\x12WatchStatusRequest\"K\n" +
 	"\x13WatchStatusResponse\x124\n" +
 	"\x06status\x18\x01 \x01(\v2\x1c.hamesh.v1.GetStatusResponseR\x06status\"v\n" +
@@ -576,8 +586,9 @@ var file_hamesh_v1_status_service_proto_goTypes = []any{
 	(*Store)(nil),                 // 12: hamesh.v1.Store
 	(*Problem)(nil),               // 13: hamesh.v1.Problem
 	(*Proxy)(nil),                 // 14: hamesh.v1.Proxy
-	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
-	(*Event)(nil),                 // 16: hamesh.v1.Event
+	(*Link)(nil),                  // 15: hamesh.v1.Link
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(*Event)(nil),                 // 17: hamesh.v1.Event
 }
 var file_hamesh_v1_status_service_proto_depIdxs = []int32{
 	8,  // 0: hamesh.v1.GetStatusResponse.state:type_name -> hamesh.v1.State
@@ -587,24 +598,25 @@ var file_hamesh_v1_status_service_proto_depIdxs = []int32{
 	12, // 4: hamesh.v1.GetStatusResponse.store:type_name -> hamesh.v1.Store
 	13, // 5: hamesh.v1.GetStatusResponse.problems:type_name -> hamesh.v1.Problem
 	14, // 6: hamesh.v1.GetStatusResponse.proxies:type_name -> hamesh.v1.Proxy
-	1,  // 7: hamesh.v1.WatchStatusResponse.status:type_name -> hamesh.v1.GetStatusResponse
-	15, // 8: hamesh.v1.ListEventsRequest.since:type_name -> google.protobuf.Timestamp
-	16, // 9: hamesh.v1.ListEventsResponse.events:type_name -> hamesh.v1.Event
-	15, // 10: hamesh.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
-	16, // 11: hamesh.v1.WatchEventsResponse.event:type_name -> hamesh.v1.Event
-	0,  // 12: hamesh.v1.StatusService.GetStatus:input_type -> hamesh.v1.GetStatusRequest
-	2,  // 13: hamesh.v1.StatusService.WatchStatus:input_type -> hamesh.v1.WatchStatusRequest
-	4,  // 14: hamesh.v1.StatusService.ListEvents:input_type -> hamesh.v1.ListEventsRequest
-	6,  // 15: hamesh.v1.StatusService.WatchEvents:input_type -> hamesh.v1.WatchEventsRequest
-	1,  // 16: hamesh.v1.StatusService.GetStatus:output_type -> hamesh.v1.GetStatusResponse
-	3,  // 17: hamesh.v1.StatusService.WatchStatus:output_type -> hamesh.v1.WatchStatusResponse
-	5,  // 18: hamesh.v1.StatusService.ListEvents:output_type -> hamesh.v1.ListEventsResponse
-	7,  // 19: hamesh.v1.StatusService.WatchEvents:output_type -> hamesh.v1.WatchEventsResponse
-	16, // [16:20] is the sub-list for method output_type
-	12, // [12:16] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	15, // 7: hamesh.v1.GetStatusResponse.links:type_name -> hamesh.v1.Link
+	1,  // 8: hamesh.v1.WatchStatusResponse.status:type_name -> hamesh.v1.GetStatusResponse
+	16, // 9: hamesh.v1.ListEventsRequest.since:type_name -> google.protobuf.Timestamp
+	17, // 10: hamesh.v1.ListEventsResponse.events:type_name -> hamesh.v1.Event
+	16, // 11: hamesh.v1.WatchEventsRequest.since:type_name -> google.protobuf.Timestamp
+	17, // 12: hamesh.v1.WatchEventsResponse.event:type_name -> hamesh.v1.Event
+	0,  // 13: hamesh.v1.StatusService.GetStatus:input_type -> hamesh.v1.GetStatusRequest
+	2,  // 14: hamesh.v1.StatusService.WatchStatus:input_type -> hamesh.v1.WatchStatusRequest
+	4,  // 15: hamesh.v1.StatusService.ListEvents:input_type -> hamesh.v1.ListEventsRequest
+	6,  // 16: hamesh.v1.StatusService.WatchEvents:input_type -> hamesh.v1.WatchEventsRequest
+	1,  // 17: hamesh.v1.StatusService.GetStatus:output_type -> hamesh.v1.GetStatusResponse
+	3,  // 18: hamesh.v1.StatusService.WatchStatus:output_type -> hamesh.v1.WatchStatusResponse
+	5,  // 19: hamesh.v1.StatusService.ListEvents:output_type -> hamesh.v1.ListEventsResponse
+	7,  // 20: hamesh.v1.StatusService.WatchEvents:output_type -> hamesh.v1.WatchEventsResponse
+	17, // [17:21] is the sub-list for method output_type
+	13, // [13:17] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_status_service_proto_init() }

@@ -9,6 +9,7 @@ package hameshv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -189,17 +190,17 @@ func (Role) EnumDescriptor() ([]byte, []int) {
 	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{2}
 }
 
-// NodeState is a member as the answering agent sees it.
+// NodeState is a member as the members together see it.
 type NodeState int32
 
 const (
 	// Never sent.
 	NodeState_NODE_STATE_UNSPECIFIED NodeState = 0
-	// Heard within the suspicion time, and ready.
+	// Heard within the suspicion time, by some member at least, and ready.
 	NodeState_NODE_STATE_READY NodeState = 1
 	// Heard from, but not ready yet, or silent for longer than usual.
 	NodeState_NODE_STATE_SUSPECT NodeState = 2
-	// Not heard for longer than the suspicion time.
+	// Not heard for longer than the suspicion time, by any member that is known.
 	NodeState_NODE_STATE_DOWN NodeState = 3
 	// Gave up its VIPs on an operator's word and takes none.
 	NodeState_NODE_STATE_DRAINED NodeState = 4
@@ -617,7 +618,7 @@ type Node struct {
 	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
 	// What it does in the mesh.
 	Role Role `protobuf:"varint,3,opt,name=role,proto3,enum=hamesh.v1.Role" json:"role,omitempty"`
-	// How the answering agent sees it.
+	// How it is: by what the answering agent hears of it, or any other member does.
 	State NodeState `protobuf:"varint,4,opt,name=state,proto3,enum=hamesh.v1.NodeState" json:"state,omitempty"`
 	// Whether it may take a VIP now.
 	Eligible bool `protobuf:"varint,5,opt,name=eligible,proto3" json:"eligible,omitempty"`
@@ -633,7 +634,11 @@ type Node struct {
 	// something only beside those of a member of the same version. Empty: not heard.
 	ConfigDigests []string `protobuf:"bytes,9,rep,name=config_digests,json=configDigests,proto3" json:"config_digests,omitempty"`
 	// Boot id of its agent: every start on that node has a higher one. 0: not heard.
-	Boot          uint64 `protobuf:"varint,10,opt,name=boot,proto3" json:"boot,omitempty"`
+	Boot uint64 `protobuf:"varint,10,opt,name=boot,proto3" json:"boot,omitempty"`
+	// The members that do not hear it, of those that are known.
+	UnheardBy []string `protobuf:"bytes,20,rep,name=unheard_by,json=unheardBy,proto3" json:"unheard_by,omitempty"`
+	// The store does not answer it.
+	StoreAway     bool `protobuf:"varint,21,opt,name=store_away,json=storeAway,proto3" json:"store_away,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -738,6 +743,112 @@ func (x *Node) GetBoot() uint64 {
 	return 0
 }
 
+func (x *Node) GetUnheardBy() []string {
+	if x != nil {
+		return x.UnheardBy
+	}
+	return nil
+}
+
+func (x *Node) GetStoreAway() bool {
+	if x != nil {
+		return x.StoreAway
+	}
+	return false
+}
+
+// Link is the way of heartbeats from one member to another one.
+type Link struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The member that speaks.
+	From string `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	// The member that listens.
+	To string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	// How long ago the listening one has heard the other, by the time of this answer; absent:
+	// never.
+	Heard *durationpb.Duration `protobuf:"bytes,3,opt,name=heard,proto3" json:"heard,omitempty"`
+	// How old the word is by which that is known; absent: the answering member listens itself.
+	Told *durationpb.Duration `protobuf:"bytes,4,opt,name=told,proto3" json:"told,omitempty"`
+	// The listening one counts the other as lost: not heard within the suspicion time.
+	Lost bool `protobuf:"varint,5,opt,name=lost,proto3" json:"lost,omitempty"`
+	// The one that speaks cannot call the one that listens, and is heard in its answers alone.
+	Unconnected   bool `protobuf:"varint,6,opt,name=unconnected,proto3" json:"unconnected,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Link) Reset() {
+	*x = Link{}
+	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Link) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Link) ProtoMessage() {}
+
+func (x *Link) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Link.ProtoReflect.Descriptor instead.
+func (*Link) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Link) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *Link) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Link) GetHeard() *durationpb.Duration {
+	if x != nil {
+		return x.Heard
+	}
+	return nil
+}
+
+func (x *Link) GetTold() *durationpb.Duration {
+	if x != nil {
+		return x.Told
+	}
+	return nil
+}
+
+func (x *Link) GetLost() bool {
+	if x != nil {
+		return x.Lost
+	}
+	return false
+}
+
+func (x *Link) GetUnconnected() bool {
+	if x != nil {
+		return x.Unconnected
+	}
+	return false
+}
+
 // Proxy is one port on which every member takes clients' connections.
 type Proxy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -751,7 +862,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	mi := &file_hamesh_v1_types_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +874,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[2]
+	mi := &file_hamesh_v1_types_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +887,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{2}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Proxy) GetName() string {
@@ -811,14 +922,16 @@ type Backend struct {
 	// The proxy it belongs to.
 	Proxy string `protobuf:"bytes,7,opt,name=proxy,proto3" json:"proxy,omitempty"`
 	// The node it runs on; empty: none of the mesh's.
-	Node          string `protobuf:"bytes,8,opt,name=node,proto3" json:"node,omitempty"`
+	Node string `protobuf:"bytes,8,opt,name=node,proto3" json:"node,omitempty"`
+	// The members whose own checks see it down.
+	SeenDownBy    []string `protobuf:"bytes,20,rep,name=seen_down_by,json=seenDownBy,proto3" json:"seen_down_by,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Backend) Reset() {
 	*x = Backend{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[3]
+	mi := &file_hamesh_v1_types_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -830,7 +943,7 @@ func (x *Backend) String() string {
 func (*Backend) ProtoMessage() {}
 
 func (x *Backend) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[3]
+	mi := &file_hamesh_v1_types_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -843,7 +956,7 @@ func (x *Backend) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Backend.ProtoReflect.Descriptor instead.
 func (*Backend) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Backend) GetName() string {
@@ -902,6 +1015,13 @@ func (x *Backend) GetNode() string {
 	return ""
 }
 
+func (x *Backend) GetSeenDownBy() []string {
+	if x != nil {
+		return x.SeenDownBy
+	}
+	return nil
+}
+
 // Store is etcd as the answering agent sees it.
 type Store struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -921,7 +1041,7 @@ type Store struct {
 
 func (x *Store) Reset() {
 	*x = Store{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[4]
+	mi := &file_hamesh_v1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -933,7 +1053,7 @@ func (x *Store) String() string {
 func (*Store) ProtoMessage() {}
 
 func (x *Store) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[4]
+	mi := &file_hamesh_v1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -946,7 +1066,7 @@ func (x *Store) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Store.ProtoReflect.Descriptor instead.
 func (*Store) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Store) GetKind() string {
@@ -999,7 +1119,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[5]
+	mi := &file_hamesh_v1_types_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1131,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[5]
+	mi := &file_hamesh_v1_types_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1144,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{5}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Problem) GetCode() string {
@@ -1085,7 +1205,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hamesh_v1_types_proto_msgTypes[6]
+	mi := &file_hamesh_v1_types_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1217,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_types_proto_msgTypes[6]
+	mi := &file_hamesh_v1_types_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1230,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{6}
+	return file_hamesh_v1_types_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Event) GetId() string {
@@ -1208,7 +1328,7 @@ var File_hamesh_v1_types_proto protoreflect.FileDescriptor
 
 const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\n" +
-	"\x15hamesh/v1/types.proto\x12\thamesh.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x02\n" +
+	"\x15hamesh/v1/types.proto\x12\thamesh.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xba\x02\n" +
 	"\x03Vip\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
@@ -1221,7 +1341,7 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x06reason\x18\t \x01(\tR\x06reason\x12\x1c\n" +
 	"\tinterface\x18\n" +
 	" \x01(\tR\tinterfaceB\b\n" +
-	"\x06_right\"\xb9\x02\n" +
+	"\x06_right\"\xf7\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12#\n" +
@@ -1233,10 +1353,21 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x10kept_connections\x18\b \x01(\rR\x0fkeptConnections\x12%\n" +
 	"\x0econfig_digests\x18\t \x03(\tR\rconfigDigests\x12\x12\n" +
 	"\x04boot\x18\n" +
-	" \x01(\x04R\x04boot\"/\n" +
+	" \x01(\x04R\x04boot\x12\x1d\n" +
+	"\n" +
+	"unheard_by\x18\x14 \x03(\tR\tunheardBy\x12\x1d\n" +
+	"\n" +
+	"store_away\x18\x15 \x01(\bR\tstoreAway\"\xc0\x01\n" +
+	"\x04Link\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12/\n" +
+	"\x05heard\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05heard\x12-\n" +
+	"\x04told\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04told\x12\x12\n" +
+	"\x04lost\x18\x05 \x01(\bR\x04lost\x12 \n" +
+	"\vunconnected\x18\x06 \x01(\bR\vunconnected\"/\n" +
 	"\x05Proxy\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04port\x18\x02 \x01(\rR\x04port\"\xe8\x01\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"\x8a\x02\n" +
 	"\aBackend\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12-\n" +
@@ -1246,7 +1377,9 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\n" +
 	"seen_up_by\x18\x06 \x03(\tR\bseenUpBy\x12\x14\n" +
 	"\x05proxy\x18\a \x01(\tR\x05proxy\x12\x12\n" +
-	"\x04node\x18\b \x01(\tR\x04node\"\x88\x01\n" +
+	"\x04node\x18\b \x01(\tR\x04node\x12 \n" +
+	"\fseen_down_by\x18\x14 \x03(\tR\n" +
+	"seenDownBy\"\x88\x01\n" +
 	"\x05Store\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
@@ -1348,7 +1481,7 @@ func file_hamesh_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_hamesh_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_hamesh_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_hamesh_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_hamesh_v1_types_proto_goTypes = []any{
 	(State)(0),                    // 0: hamesh.v1.State
 	(Right)(0),                    // 1: hamesh.v1.Right
@@ -1358,27 +1491,31 @@ var file_hamesh_v1_types_proto_goTypes = []any{
 	(EventKind)(0),                // 5: hamesh.v1.EventKind
 	(*Vip)(nil),                   // 6: hamesh.v1.Vip
 	(*Node)(nil),                  // 7: hamesh.v1.Node
-	(*Proxy)(nil),                 // 8: hamesh.v1.Proxy
-	(*Backend)(nil),               // 9: hamesh.v1.Backend
-	(*Store)(nil),                 // 10: hamesh.v1.Store
-	(*Problem)(nil),               // 11: hamesh.v1.Problem
-	(*Event)(nil),                 // 12: hamesh.v1.Event
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
+	(*Link)(nil),                  // 8: hamesh.v1.Link
+	(*Proxy)(nil),                 // 9: hamesh.v1.Proxy
+	(*Backend)(nil),               // 10: hamesh.v1.Backend
+	(*Store)(nil),                 // 11: hamesh.v1.Store
+	(*Problem)(nil),               // 12: hamesh.v1.Problem
+	(*Event)(nil),                 // 13: hamesh.v1.Event
+	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 15: google.protobuf.Duration
 }
 var file_hamesh_v1_types_proto_depIdxs = []int32{
 	1,  // 0: hamesh.v1.Vip.right:type_name -> hamesh.v1.Right
-	13, // 1: hamesh.v1.Vip.since:type_name -> google.protobuf.Timestamp
+	14, // 1: hamesh.v1.Vip.since:type_name -> google.protobuf.Timestamp
 	2,  // 2: hamesh.v1.Node.role:type_name -> hamesh.v1.Role
 	3,  // 3: hamesh.v1.Node.state:type_name -> hamesh.v1.NodeState
-	4,  // 4: hamesh.v1.Backend.state:type_name -> hamesh.v1.BackendState
-	13, // 5: hamesh.v1.Event.time:type_name -> google.protobuf.Timestamp
-	5,  // 6: hamesh.v1.Event.kind:type_name -> hamesh.v1.EventKind
-	1,  // 7: hamesh.v1.Event.right:type_name -> hamesh.v1.Right
-	8,  // [8:8] is the sub-list for method output_type
-	8,  // [8:8] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	15, // 4: hamesh.v1.Link.heard:type_name -> google.protobuf.Duration
+	15, // 5: hamesh.v1.Link.told:type_name -> google.protobuf.Duration
+	4,  // 6: hamesh.v1.Backend.state:type_name -> hamesh.v1.BackendState
+	14, // 7: hamesh.v1.Event.time:type_name -> google.protobuf.Timestamp
+	5,  // 8: hamesh.v1.Event.kind:type_name -> hamesh.v1.EventKind
+	1,  // 9: hamesh.v1.Event.right:type_name -> hamesh.v1.Right
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_types_proto_init() }
@@ -1387,14 +1524,14 @@ func file_hamesh_v1_types_proto_init() {
 		return
 	}
 	file_hamesh_v1_types_proto_msgTypes[0].OneofWrappers = []any{}
-	file_hamesh_v1_types_proto_msgTypes[6].OneofWrappers = []any{}
+	file_hamesh_v1_types_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_types_proto_rawDesc), len(file_hamesh_v1_types_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
