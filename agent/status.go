@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/hamesh/hamesh/agent/config"
+	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/ownership"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
 )
@@ -249,12 +250,13 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 	for _, svc := range a.services {
 		s.Proxies = append(s.Proxies, &hameshv1.Proxy{Name: svc.cfg.Name, Port: uint32(svc.cfg.Port)})
 		backends, statuses, connections, serving := svc.look(func(member string) bool { return peers[member].Heard })
-		up := 0
+		up, certified := 0, svc.certified()
 		for i, st := range statuses {
 			b := backends[i]
 			s.Backends = append(s.Backends, &hameshv1.Backend{
 				Name: st.Backend, Address: b.Address.String(), State: backendStates[st.State], Reason: st.Reason,
 				Connections: connections[st.Backend], SeenUpBy: st.SeenUpBy, Proxy: svc.cfg.Name, Node: b.Node,
+				NotReady: st.State == health.NotReady,
 			})
 			switch s.Backends[len(s.Backends)-1].State {
 			case hameshv1.BackendState_BACKEND_STATE_UP:
@@ -265,16 +267,17 @@ func (a *Agent) Status() *hameshv1.GetStatusResponse {
 						"hactl backend "+st.Backend+" --state active when it is fit again")
 				}
 			case hameshv1.BackendState_BACKEND_STATE_DOWN:
-				fix := "see the API server's log on that node"
+				fix := remedy(st, certified)
 				if b.Node != "" && b.Node != a.cfg.Node.Name && !peers[b.Node].Heard {
 					fix = "bring " + b.Node + " back"
 				}
-				problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is down: %s", st.Backend, b.Address, st.Reason), fix)
+				problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is %s", st.Backend, b.Address, ailing(st)), fix)
 			}
 		}
 		if up == 0 {
-			problem("NO_BACKEND", "proxy "+svc.cfg.Name+" has no healthy API server; clients are sent to any that accepts", "start an API server")
-			down = true
+			message, fix, grave := noBackend(svc.cfg.Name, statuses, certified)
+			problem("NO_BACKEND", message, fix)
+			down = down || grave
 		}
 		if !serving {
 			problem("PROXY_NOT_SERVING", "proxy "+svc.cfg.Name+" does not accept connections on "+a.cfg.Node.Name, "see the log")
