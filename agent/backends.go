@@ -140,7 +140,7 @@ func (s *service) inherit(r *relay) error {
 	}
 	s.update(func(at time.Duration) {
 		for _, o := range r.own {
-			s.view.Observe(at, o.Backend, health.Result{OK: o.State == health.Up, State: o.State, Reason: o.Reason})
+			s.view.Observe(at, o.Backend, health.Result{OK: o.State == health.Up, State: o.State, Reason: o.Reason, Refuses: o.Refuses})
 		}
 	})
 	first, err := s.plan(s.cfg) // whose checks begin with that too
@@ -160,7 +160,8 @@ func (s *service) setServing(on bool) {
 
 func (s *service) throughResult(r health.Result) {
 	blocked := ""
-	// A proxy that is full is not broken, and its successor would be full as soon.
+	// A proxy that is full is not broken, and its successor would be full as soon. Nor is one
+	// that brings an answer, though it is not the one that was wanted.
 	if r.State == health.Down && s.proxy.Full(loopback) == 0 {
 		blocked = r.Reason
 	}
@@ -222,7 +223,7 @@ func (s *service) hear(member string, all []*hameshv1.BackendReport) {
 	last := map[string]*hameshv1.BackendReport{}
 	for _, r := range all {
 		if r.GetProxy() == s.cfg.Name {
-			reports = append(reports, health.Report{Backend: r.GetBackend(), State: backendStateFromProto(r.GetState()), Reason: r.GetReason()})
+			reports = append(reports, healthReport(r))
 			last[r.GetBackend()] = r
 		}
 	}
@@ -251,7 +252,7 @@ func (s *service) update(change func(at time.Duration)) {
 	change(at)
 	statuses := s.view.Backends(at)
 	moved := !slices.EqualFunc(statuses, s.statuses, func(a, b health.Status) bool {
-		return a.Backend == b.Backend && a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy) && a.Unheard == b.Unheard
+		return a.Backend == b.Backend && a.State == b.State && a.Reason == b.Reason && slices.Equal(a.SeenUpBy, b.SeenUpBy) && a.Unheard == b.Unheard && a.Refuses == b.Refuses
 	})
 	told := !slices.Equal(own, s.view.Own())
 	if moved {
@@ -268,7 +269,7 @@ func (s *service) update(change func(at time.Duration)) {
 		s.statuses = statuses
 		states := make(map[string]health.State, len(statuses))
 		for _, st := range statuses {
-			states[st.Backend] = st.State
+			states[st.Backend] = relayed(st)
 		}
 		s.proxy.SetBackends(states, warm...)
 	}
@@ -277,6 +278,16 @@ func (s *service) update(change func(at time.Duration)) {
 	if moved || told {
 		s.changed()
 	}
+}
+
+// relayed is what a backend's state means for its connections. One whose machine refuses new
+// ones keeps those that it has, as one that is not ready: if it has ended, its kernel has
+// reset them; if not, it is being stopped, and still answers what it was asked.
+func relayed(st health.Status) health.State {
+	if st.Refuses {
+		return health.NotReady
+	}
+	return st.State
 }
 
 // report renews the reports; s.mu is held.
@@ -290,6 +301,7 @@ func (s *service) report() {
 		r := own[b.Name]
 		all = append(all, &hameshv1.BackendReport{
 			Proxy: s.cfg.Name, Backend: b.Name, State: backendStates[r.State], Reason: r.Reason, Connections: uint32(b.Established),
+			NotReady: r.State == health.NotReady, Refuses: r.Refuses,
 		})
 	}
 	s.reports.Store(&all)
@@ -313,4 +325,11 @@ func (s *service) look(alive func(member string) bool) (backends []config.Backen
 		}
 	}
 	return s.cfg.Backends, slices.Clone(s.statuses), connections, s.serving
+}
+
+// certified says whether the checks show a certificate.
+func (s *service) certified() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg.HealthCheck.CertFile != ""
 }

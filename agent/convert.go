@@ -97,13 +97,21 @@ var backendStates = map[health.State]hameshv1.BackendState{
 	health.Down:     hameshv1.BackendState_BACKEND_STATE_DOWN,
 	health.Draining: hameshv1.BackendState_BACKEND_STATE_DRAINING,
 	health.Disabled: hameshv1.BackendState_BACKEND_STATE_DISABLED,
+	health.NotReady: hameshv1.BackendState_BACKEND_STATE_DOWN, // and not_ready beside it
 }
 
-func backendStateFromProto(p hameshv1.BackendState) health.State {
-	for s, q := range backendStates {
-		if q == p {
-			return s
+// healthReport is what another member says about a backend. Agents before did not tell what
+// makes DOWN less than that.
+func healthReport(r *hameshv1.BackendReport) health.Report {
+	report := health.Report{Backend: r.GetBackend(), Reason: r.GetReason()}
+	switch r.GetState() {
+	case hameshv1.BackendState_BACKEND_STATE_UP:
+		report.State = health.Up
+	case hameshv1.BackendState_BACKEND_STATE_DOWN:
+		report.State, report.Refuses = health.Down, r.GetRefuses()
+		if r.GetNotReady() {
+			report.State, report.Refuses = health.NotReady, false
 		}
 	}
-	return health.Unknown
+	return report
 }

@@ -257,7 +257,7 @@ func TestDrain(t *testing.T) {
 	everywhere(t, m, nodeIs(first.Name, drained))
 	everywhere(t, m, backendIs(first.Name, hameshv1.BackendState_BACKEND_STATE_DRAINING))
 	second := owner(t, m)
-	hactl(t, second, 1, "not done within 5s, left: ", "drain", first.Name, "--wait", "--timeout", "5s")
+	hactl(t, second, 0, "still there after 3s", "drain", first.Name, "--wait", "--grace", "3s", "--timeout", "12s")
 	hactl(t, second, 1, "NODE_NOT_ELIGIBLE", "move-vip", "kube-api", "--to", first.Name)
 	hactl(t, second, 1, "there are: cp-1, cp-2, cp-3", "drain", "cp-9")
 	if got := answered(t, m); got[first.Name] > 0 || len(got) != 2 {

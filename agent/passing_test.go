@@ -49,7 +49,7 @@ func TestPassing(t *testing.T) {
 		return pipe[0]
 	}
 	want := map[string]*relay{
-		"a": {handed: proxy.Handed{Listener: open()}, own: []health.Report{{Backend: "x", State: health.Down, Reason: "refused"}}},
+		"a": {handed: proxy.Handed{Listener: open()}, own: []health.Report{{Backend: "x", State: health.Down, Reason: "refused", Refuses: true}, {Backend: "y", State: health.NotReady, Reason: "HTTP 500"}}},
 		"b": {handed: proxy.Handed{Listener: -1}},
 	}
 	for i := range passedAtOnce {

@@ -46,34 +46,50 @@ func (s *service) plan(cfg config.Proxy) (*plan, error) {
 	}
 	backends, through := s.known()
 	h := cfg.HealthCheck
+	server := serverCheck(cfg)
 	for _, b := range cfg.Backends {
 		viewed := health.Backend{Name: b.Name, Address: b.Address, Node: b.Node}
 		p.viewed = append(p.viewed, viewed)
 		p.relay.Backends = append(p.relay.Backends, proxy.Backend{Name: b.Name, Address: b.Address, Weight: b.Weight})
 		connects[b.Name] = s.metrics.ConnectTimes.WithLabelValues(cfg.Name, b.Name)
-		check, err := probe.New(probe.Config{
-			Address: b.Address, Scheme: probeSchemes[h.Scheme], Path: h.Path,
-			CAFile: h.CAFile, CertFile: h.CertFile, KeyFile: h.KeyFile, Header: cfg.ProxyProtocol == config.ProxyProtocolV2,
-			Interval: h.Interval, Timeout: h.Timeout, Rise: h.Rise, Fall: h.Fall, Known: backends[endpoint(b)],
-			OnResult: func(r health.Result) {
-				s.metrics.Observe(cfg.Name, b.Name, r.Took)
-				s.observe(b.Name, r)
-			},
-		})
+		one := server
+		one.Address, one.Known, one.Header = b.Address, backends[endpoint(b)], cfg.ProxyProtocol == config.ProxyProtocolV2
+		one.Interval, one.Timeout, one.Rise, one.Fall = h.Interval, h.Timeout, h.Rise, h.Fall
+		one.OnResult = func(r health.Result) {
+			s.metrics.Observe(cfg.Name, b.Name, r.Took)
+			s.observe(b.Name, r)
+		}
+		check, err := probe.New(one)
 		if err != nil {
 			return nil, fmt.Errorf("backend %s: %w", b.Name, err)
 		}
 		checks[b.Name] = check
 		p.probes = append(p.probes, check)
 	}
-	// The whole way as a client goes it: through this proxy to whatever backend it chooses.
-	check, err := probe.New(probe.Config{
-		Address: netip.AddrPortFrom(loopback, cfg.Port),
-		Scheme:  probeSchemes[h.Scheme], Path: h.Path, Interval: 2 * h.Interval, Timeout: 2 * h.Timeout,
-		Rise: 1, Fall: throughFall, Known: through, OnResult: s.throughResult,
-	})
+	// The whole way as a client goes it: through this proxy to whatever backend it chooses. So
+	// the certificate is that of any of them, and the proxy says itself whose connection it is.
+	whole := server
+	whole.Address, whole.Known, whole.OnResult = netip.AddrPortFrom(loopback, cfg.Port), through, s.throughResult
+	whole.Interval, whole.Timeout, whole.Rise, whole.Fall = 2*h.Interval, 2*h.Timeout, 1, throughFall
+	for _, b := range cfg.Backends {
+		whole.Names = append(whole.Names, b.Address.Addr().String())
+	}
+	check, err := probe.New(whole)
+	if err != nil {
+		return nil, fmt.Errorf("the way through the proxy: %w", err)
+	}
 	p.probes = append(p.probes, check)
-	return p, err
+	return p, nil
+}
+
+// serverCheck is what a check asks of a server of the proxy, and how it makes itself known,
+// wherever the server is reached.
+func serverCheck(cfg config.Proxy) probe.Config {
+	h := cfg.HealthCheck
+	return probe.Config{
+		Scheme: probeSchemes[h.Scheme], Path: h.Path,
+		CAFile: h.CAFile, CertFile: h.CertFile, KeyFile: h.KeyFile,
+	}
 }
 
 // endpoint tells backends apart: with another address it is another one.

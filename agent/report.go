@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/hamesh/hamesh/agent/config"
+	"github.com/hamesh/hamesh/agent/health"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/parts"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
@@ -297,13 +298,14 @@ func (r *report) service(svc *service) {
 	a := r.agent
 	r.Proxies = append(r.Proxies, &hameshv1.Proxy{Name: svc.cfg.Name, Port: uint32(svc.cfg.Port)})
 	backends, statuses, connections, serving := svc.look(func(member string) bool { return r.known.Of[member].Heard })
-	up := 0
+	up, certified := 0, svc.certified()
 	for i, st := range statuses {
 		b := backends[i]
 		o := r.opinions(svc, b)
 		said := &hameshv1.Backend{
 			Name: st.Backend, Address: b.Address.String(), State: backendStates[st.State], Reason: st.Reason,
 			Connections: connections[st.Backend] + o.connections, SeenUpBy: o.up, SeenDownBy: o.down, Proxy: svc.cfg.Name, Node: b.Node,
+			NotReady: st.State == health.NotReady,
 		}
 		r.Backends = append(r.Backends, said)
 		disabled := said.State == hameshv1.BackendState_BACKEND_STATE_DISABLED
@@ -316,11 +318,11 @@ func (r *report) service(svc *service) {
 		case differ:
 			r.problem("BACKEND_VIEWS_DIFFER", o.String(b), o.fix(b))
 		case said.State == hameshv1.BackendState_BACKEND_STATE_DOWN:
-			fix := "see the API server's log on that node"
+			fix := remedy(st, certified)
 			if b.Node != "" && slices.ContainsFunc(a.cfg.Members, func(m config.Member) bool { return m.Name == b.Node }) && !r.known.Of[b.Node].Known {
 				fix = "bring " + b.Node + " back"
 			}
-			r.problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is down: %s", st.Backend, b.Address, st.Reason), fix)
+			r.problem("BACKEND_DOWN", fmt.Sprintf("API server %s (%s) is %s", st.Backend, b.Address, ailing(st)), fix)
 		}
 		if disabled || said.State == hameshv1.BackendState_BACKEND_STATE_DRAINING {
 			if by, ordered := a.orders.backendOrder(svc.cfg.Name, st.Backend); ordered {
@@ -330,8 +332,9 @@ func (r *report) service(svc *service) {
 		}
 	}
 	if up == 0 {
-		r.problem("NO_BACKEND", "proxy "+svc.cfg.Name+" has no healthy API server; clients are sent to any that accepts", "start an API server")
-		r.down = true
+		message, fix, grave := noBackend(svc.cfg.Name, statuses, certified)
+		r.problem("NO_BACKEND", message, fix)
+		r.down = r.down || grave
 	}
 	if !serving {
 		r.problem("PROXY_NOT_SERVING", "proxy "+svc.cfg.Name+" does not accept connections on "+r.self(), "see the log")

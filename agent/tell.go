@@ -268,7 +268,7 @@ func well(s *hameshv1.GetStatusResponse) *hameshv1.GetStatusResponse {
 		n.State, n.UnheardBy = hameshv1.NodeState_NODE_STATE_READY, nil
 	}
 	for _, b := range s.GetBackends() {
-		b.State = hameshv1.BackendState_BACKEND_STATE_UP
+		b.State, b.NotReady = hameshv1.BackendState_BACKEND_STATE_UP, false
 	}
 	s.Store.Available = true
 	return s
@@ -294,17 +294,20 @@ func differences(was, now *hameshv1.GetStatusResponse) (all []*hameshv1.Event) {
 		}
 		all = append(all, event)
 	}
-	before := map[[2]string]hameshv1.BackendState{}
+	before := map[[2]string]*hameshv1.Backend{}
 	for _, b := range was.GetBackends() {
-		before[[2]string{b.GetProxy(), b.GetName()}] = b.GetState()
+		before[[2]string{b.GetProxy(), b.GetName()}] = b
 	}
 	for _, b := range now.GetBackends() {
+		former := before[[2]string{b.GetProxy(), b.GetName()}]
 		if b.GetState() == hameshv1.BackendState_BACKEND_STATE_DISABLED {
-			b.State = before[[2]string{b.GetProxy(), b.GetName()}]
+			b.State, b.NotReady = former.GetState(), former.GetNotReady()
 		}
 		event := &hameshv1.Event{Proxy: b.GetProxy(), Backend: b.GetName(), Reason: b.GetReason()}
-		switch was, is := serving(before[[2]string{b.GetProxy(), b.GetName()}]), serving(b.GetState()); {
-		case was == hameshv1.BackendState_BACKEND_STATE_UP && is == hameshv1.BackendState_BACKEND_STATE_DOWN:
+		switch was, is := serving(former.GetState()), serving(b.GetState()); {
+		case was == hameshv1.BackendState_BACKEND_STATE_UP && b.GetNotReady():
+			event.Kind, event.Message = hameshv1.EventKind_EVENT_KIND_BACKEND_DOWN, "API server "+b.GetName()+" is not ready"
+		case is == hameshv1.BackendState_BACKEND_STATE_DOWN && !b.GetNotReady() && (was == hameshv1.BackendState_BACKEND_STATE_UP || former.GetNotReady()):
 			event.Kind, event.Message = hameshv1.EventKind_EVENT_KIND_BACKEND_DOWN, "API server "+b.GetName()+" is down"
 		case was == hameshv1.BackendState_BACKEND_STATE_DOWN && is == hameshv1.BackendState_BACKEND_STATE_UP:
 			event.Kind, event.Message = hameshv1.EventKind_EVENT_KIND_BACKEND_UP, "API server "+b.GetName()+" is up"

@@ -65,7 +65,7 @@ func degraded() *hameshv1.GetStatusResponse {
 	s.Nodes[1].State, s.Nodes[1].Eligible = hameshv1.NodeState_NODE_STATE_SUSPECT, false
 	s.Nodes[1].Reason = "API server not ready: /readyz answered 500"
 	s.Backends[1].State, s.Backends[1].Connections = hameshv1.BackendState_BACKEND_STATE_DOWN, 0
-	s.Backends[1].Reason, s.Backends[1].SeenUpBy = "/readyz answered 500", nil
+	s.Backends[1].Reason, s.Backends[1].SeenUpBy, s.Backends[1].NotReady = "/readyz answered 500", nil, true
 	link := func(from, to string, heard time.Duration, lost bool) *hameshv1.Link {
 		return &hameshv1.Link{From: from, To: to, Heard: durationpb.New(heard), Lost: lost}
 	}
@@ -231,7 +231,10 @@ func TestStatus(t *testing.T) {
 
 func TestColour(t *testing.T) {
 	text.EnableColors()
-	if out := (view{now: now, colour: true}).status(degraded()); !strings.Contains(out, text.FgRed.Sprint("DOWN")) {
+	status := degraded()
+	status.Backends[2].State = hameshv1.BackendState_BACKEND_STATE_DOWN
+	out := (view{now: now, colour: true}).status(status)
+	if !strings.Contains(out, text.FgRed.Sprint("DOWN")) || !strings.Contains(out, text.FgYellow.Sprint("NOT_READY")) {
 		t.Errorf("no colour:\n%s", out)
 	}
 }

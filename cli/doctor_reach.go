@@ -172,29 +172,35 @@ type answer struct {
 
 // askBackends asks every backend itself.
 func (d *doctor) askBackends(ctx context.Context) (answers []answer, err error) {
-	transport := &http.Transport{
-		// Whether the certificate is right is what is to be found out.
-		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
-		DisableKeepAlives: true,
-	}
-	client := http.Client{Timeout: patience, Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	var mu sync.Mutex
 	err = each(d.status.GetBackends(), func(b *hameshv1.Backend) error {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+b.GetAddress()+"/readyz", nil)
 		if err != nil {
 			return err
 		}
+		a := answer{backend: b}
+		client := http.Client{Timeout: patience, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+		client.Transport = &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
+			InsecureSkipVerify: true, // whether the certificate is right is what is to be found out
+			VerifyConnection: func(state tls.ConnectionState) error {
+				a.certificate = state.PeerCertificates[0]
+				return nil
+			},
+		}}
 		asked := time.Now()
+		// Any answer tells the time, that of a server that refuses whoever has no certificate too;
+		// and one that wants to see it before it answers has shown its own first.
 		response, err := client.Do(request)
-		if err != nil {
+		switch {
+		case err == nil:
+			defer response.Body.Close()
+			now := time.Now()
+			if date, err := http.ParseTime(response.Header.Get("Date")); err == nil {
+				// Half a second on the average was cut off.
+				a.ahead, a.dated = date.Add(500*time.Millisecond).Sub(asked.Add(now.Sub(asked)/2)), true
+			}
+		case a.certificate == nil:
 			return err
-		}
-		defer response.Body.Close()
-		now := time.Now()
-		a := answer{backend: b, certificate: response.TLS.PeerCertificates[0]}
-		if date, err := http.ParseTime(response.Header.Get("Date")); err == nil {
-			// Half a second on the average was cut off.
-			a.ahead, a.dated = date.Add(500*time.Millisecond).Sub(asked.Add(now.Sub(asked)/2)), true
 		}
 		mu.Lock()
 		defer mu.Unlock()

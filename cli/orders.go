@@ -22,8 +22,14 @@ import (
 // connections of a VIP that has moved for a quarter of an hour at most.
 const drainTimeout = 20 * time.Minute
 
+// drainGrace is how long drain --wait waits for connections to end by themselves once nothing
+// else is left, unless told otherwise: requests under way end in that time, and what is left
+// then is kept by its clients.
+const drainGrace = 30 * time.Second
+
 func (c *command) drainCommand() *cobra.Command {
 	var wait bool
+	var grace time.Duration
 	request := &hameshv1.DrainNodeRequest{}
 	cmd := &cobra.Command{
 		Use:   "drain NODE",
@@ -34,8 +40,12 @@ restart, and hactl undrain takes it back.
 
 With --wait it prints what is left until nothing is: no VIP, no connection through the
 node that it kept when its VIPs moved, none to its API server, by the word of every
-member: it does not end while one is not heard. The time-out is then 20m
-unless given; when it ends, or the command is interrupted, the order stays in force.`,
+member: it does not end while one is not heard. Clients that speak HTTP/2, as those of
+Kubernetes do, keep their connection for ever; so what is left --grace after the VIPs
+have gone, or at the time-out, is no failure if no new connections came meanwhile: those
+break once, when the agent or the API server stops, and their clients reconnect at once.
+The time-out is then 20m unless given; a VIP that is left at its end, or a member that is
+not heard, is a failure. Then, or when the command is interrupted, the order stays in force.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			request.Node = args[0]
@@ -43,10 +53,14 @@ unless given; when it ends, or the command is interrupted, the order stays in fo
 			if wait && !cmd.Flags().Changed("timeout") {
 				c.timeout = drainTimeout
 			}
-			return c.drain(cmd.Context(), request, wait)
+			if grace < 0 {
+				return fmt.Errorf("--grace %s is negative", grace)
+			}
+			return c.drain(cmd.Context(), request, wait, grace)
 		},
 	}
-	cmd.Flags().BoolVar(&wait, "wait", false, "wait until the node holds no VIP and serves no connection")
+	cmd.Flags().BoolVar(&wait, "wait", false, "wait until the node holds no VIP and serves no connection but those that clients keep")
+	cmd.Flags().DurationVar(&grace, "grace", drainGrace, "with --wait: how long connections may take to end by themselves once no VIP is left; 0s: do not wait for them")
 	cmd.Flags().BoolVar(&request.Force, "force", false, "even where no other node may take its VIPs now: it keeps them until one may")
 	return cmd
 }
@@ -144,7 +158,7 @@ func (c *command) showOrder(response ordered, now string) error {
 	return c.print(now + "\n")
 }
 
-func (c *command) drain(ctx context.Context, request *hameshv1.DrainNodeRequest, wait bool) error {
+func (c *command) drain(ctx context.Context, request *hameshv1.DrainNodeRequest, wait bool, grace time.Duration) error {
 	limited, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	conn, err := c.connect(limited)
@@ -159,9 +173,9 @@ func (c *command) drain(ctx context.Context, request *hameshv1.DrainNodeRequest,
 	if err := c.showOrder(response, request.GetNode()+" is drained: it takes no VIP and no new connections to its API server"); err != nil || !wait {
 		return err
 	}
-	var left string
+	w := &drainWatch{command: c, node: request.GetNode(), grace: grace, begun: c.now()}
 	for {
-		left, err = c.watchDrain(limited, conn, request.GetNode())
+		err = w.watch(limited, conn)
 		if status.Code(err) != codes.Unavailable || limited.Err() != nil {
 			break
 		}
@@ -177,7 +191,13 @@ func (c *command) drain(ctx context.Context, request *hameshv1.DrainNodeRequest,
 	case ctx.Err() != nil:
 		err = errors.New("interrupted")
 	case limited.Err() != nil, status.Code(err) == codes.DeadlineExceeded: // by the agent's clock
-		err = fmt.Errorf("not done within %s, %s", c.timeout, left)
+		if w.mayEnd() {
+			return w.end(c.timeout)
+		}
+		err = fmt.Errorf("not done within %s, %s", c.timeout, w.left)
+		if w.left.bearable() {
+			err = fmt.Errorf("%w; new connections still come", err)
+		}
 	default:
 		return c.failureOf(limited, err)
 	}
@@ -189,81 +209,164 @@ func inForce(node string, err error) error {
 	return &failure{status: exitFailed, what: err.Error() + "; the order stays in force", hint: "hactl undrain " + node + " takes it back"}
 }
 
-// watchDrain prints what is left on a node until nothing is, and returns what was left
-// when it failed.
-func (c *command) watchDrain(ctx context.Context, conn *grpc.ClientConn, node string) (left string, err error) {
+// drainWatch is one wait for the end of a drain.
+type drainWatch struct {
+	*command
+	node  string
+	grace time.Duration
+	begun time.Time
+
+	seen bool // whether anything has been seen of it
+	left remains
+	// came: connections are left that came less than the grace ago.
+	came bool
+}
+
+// watch prints what is left on the node until nothing is, or for the grace only connections
+// were, and no new ones came.
+func (w *drainWatch) watch(ctx context.Context, conn *grpc.ClientConn) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	changes, err := hameshv1.NewStatusServiceClient(conn).WatchStatus(ctx, &hameshv1.WatchStatusRequest{})
+	stream, err := hameshv1.NewStatusServiceClient(conn).WatchStatus(ctx, &hameshv1.WatchStatusRequest{})
 	if err != nil {
-		return left, err
+		return err
 	}
-	begun := c.now()
-	for first := true; ; first = false {
-		change, err := changes.Recv()
-		if err != nil {
-			return left, err
-		}
-		now := whatIsLeft(change.GetStatus(), node)
-		if now == left && !first {
-			continue
-		}
-		left = now
-		if done, err := c.structured(change, stream); err != nil {
-			return left, err
-		} else if !done {
-			line := left
-			if line == "" {
-				line = "nothing is left: " + node + " may be stopped"
+	type news struct {
+		change *hameshv1.WatchStatusResponse
+		err    error
+	}
+	changes := make(chan news)
+	go func() {
+		for {
+			change, err := stream.Recv()
+			select {
+			case changes <- news{change, err}:
+			case <-ctx.Done():
+				return
 			}
-			if err := c.print(fmt.Sprintf("%9s   %s\n", c.now().Sub(begun).Round(100*time.Millisecond), line)); err != nil {
-				return left, err
+			if err != nil {
+				return
 			}
 		}
-		if left == "" {
-			return left, nil
+	}()
+	var patience <-chan time.Time // nil: more than connections is left
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-patience:
+			w.came = false
+			return w.end(w.grace)
+		case n := <-changes:
+			if n.err != nil {
+				return n.err
+			}
+			before, known := w.left, w.seen
+			w.left, w.seen = whatIsLeft(n.change.GetStatus(), w.node), true
+			if !known || w.left.String() != before.String() {
+				if err := w.show(n.change); err != nil {
+					return err
+				}
+			}
+			switch {
+			case w.left.String() == "":
+				return nil
+			case !w.left.bearable():
+				patience, w.came = nil, false
+			case known && before.bearable() && w.left.connections() > before.connections():
+				patience, w.came = time.After(w.grace), true
+			case patience == nil:
+				patience = time.After(w.grace)
+			}
 		}
 	}
 }
 
-// whatIsLeft says what keeps a node from being stopped without anybody's noticing; empty:
-// nothing does. A member that is not heard may hold a VIP or serve connections that the
-// one that reports does not know of, and one that has just started knows of nothing.
-func whatIsLeft(s *hameshv1.GetStatusResponse, node string) string {
-	stays := ""
-	if slices.ContainsFunc(s.GetProblems(), func(p *hameshv1.Problem) bool { return p.GetCode() == "DRAINED_NODE_OWNS" }) {
-		stays = " (no other node may take it: hactl status)"
+// show prints what is left.
+func (w *drainWatch) show(change *hameshv1.WatchStatusResponse) error {
+	if done, err := w.structured(change, stream); done || err != nil {
+		return err
 	}
-	var all []string
-	for _, v := range s.GetVips() {
-		if slices.Contains(v.GetHolders(), node) || v.GetOwner() == node {
-			all = append(all, "VIP "+v.GetName()+stays)
-		}
+	line := w.left.String()
+	if line == "" {
+		line = "nothing is left: " + w.node + " may be stopped"
 	}
-	var unheard []string
-	for _, n := range s.GetNodes() {
-		if kept := n.GetKeptConnections(); n.GetName() == node && kept > 0 {
-			all = append(all, fmt.Sprintf("%d connections through it", kept))
-		}
-		if state := n.GetState(); state == hameshv1.NodeState_NODE_STATE_DOWN || state == hameshv1.NodeState_NODE_STATE_SUSPECT {
-			unheard = append(unheard, n.GetName())
-		}
+	return w.line(line)
+}
+
+func (w *drainWatch) line(text string) error {
+	return w.print(fmt.Sprintf("%9s   %s\n", w.now().Sub(w.begun).Round(100*time.Millisecond), text))
+}
+
+// mayEnd reports whether only connections are left that clients keep.
+func (w *drainWatch) mayEnd() bool { return w.seen && w.left.bearable() && !w.came }
+
+// end says what it means that connections are left after some time.
+func (w *drainWatch) end(after time.Duration) error {
+	if w.output == "json" || w.output == "yaml" {
+		return nil // whoever reads that knows from the last status
 	}
-	connections := uint32(0)
-	for _, b := range s.GetBackends() {
-		if b.GetNode() == node {
-			connections += b.GetConnections()
-		}
+	return w.line(fmt.Sprintf("still there after %s, and kept by their clients, as HTTP/2 clients do: %d connections. They break once, when\n%12sthe agent or the API server of %s stops, and their clients reconnect at once: %s may be stopped",
+		after, w.left.connections(), "", w.node, w.node))
+}
+
+// remains are what keeps a node from being stopped without anybody's noticing.
+type remains struct {
+	vips    []string
+	through uint32 // connections through the node that it has kept
+	to      uint32 // and those to its API servers
+	unheard []string
+}
+
+// bearable reports whether there is nothing but connections.
+func (r remains) bearable() bool { return len(r.vips) == 0 && len(r.unheard) == 0 }
+
+func (r remains) connections() uint32 { return r.through + r.to }
+
+// String says what is left; empty: nothing.
+func (r remains) String() string {
+	all := slices.Clone(r.vips)
+	if r.through > 0 {
+		all = append(all, fmt.Sprintf("%d connections through it", r.through))
 	}
-	if connections > 0 {
-		all = append(all, fmt.Sprintf("%d connections to its API server", connections))
+	if r.to > 0 {
+		all = append(all, fmt.Sprintf("%d connections to its API server", r.to))
 	}
 	var lines []string
 	if len(all) > 0 {
 		lines = append(lines, "left: "+strings.Join(all, ", "))
 	}
-	if len(unheard) > 0 {
-		lines = append(lines, "not heard: "+strings.Join(unheard, ", "))
+	if len(r.unheard) > 0 {
+		lines = append(lines, "not heard: "+strings.Join(r.unheard, ", "))
 	}
 	return strings.Join(lines, "; ")
+}
+
+// whatIsLeft finds what is left on a node. A member that is not heard may hold a VIP or serve
+// connections that the one that reports does not know of, and one that has just started knows
+// of nothing.
+func whatIsLeft(s *hameshv1.GetStatusResponse, node string) (r remains) {
+	stays := ""
+	if slices.ContainsFunc(s.GetProblems(), func(p *hameshv1.Problem) bool { return p.GetCode() == "DRAINED_NODE_OWNS" }) {
+		stays = " (no other node may take it: hactl status)"
+	}
+	for _, v := range s.GetVips() {
+		if slices.Contains(v.GetHolders(), node) || v.GetOwner() == node {
+			r.vips = append(r.vips, "VIP "+v.GetName()+stays)
+		}
+	}
+	for _, n := range s.GetNodes() {
+		if n.GetName() == node {
+			r.through = n.GetKeptConnections()
+		}
+		if state := n.GetState(); state == hameshv1.NodeState_NODE_STATE_DOWN || state == hameshv1.NodeState_NODE_STATE_SUSPECT {
+			r.unheard = append(r.unheard, n.GetName())
+		}
+	}
+	for _, b := range s.GetBackends() {
+		if b.GetNode() == node {
+			r.to += b.GetConnections()
+		}
+	}
+	return r
 }

@@ -113,6 +113,13 @@ func drains() []*hameshv1.GetStatusResponse {
 	return []*hameshv1.GetStatusResponse{begun, moved, moved, fewer, done}
 }
 
+// unheard is a drained node with connections left, where another member is not heard.
+func unheard() *hameshv1.GetStatusResponse {
+	s := drains()[3]
+	s.Nodes[2].State = hameshv1.NodeState_NODE_STATE_DOWN
+	return s
+}
+
 // stays is a drained node that keeps its VIP.
 func stays() *hameshv1.GetStatusResponse {
 	s := drains()[1]
@@ -136,7 +143,13 @@ func TestOrders(t *testing.T) {
 		{"drain-force-json", &orderly{changed: true}, []string{"drain", "cp-1", "--force", "-o", "json"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1", Force: true}},
 		{"drain-wait", &orderly{changed: true, agent: agent{states: all, hang: true}}, []string{"drain", "cp-1", "--wait"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
 		{"drain-wait-idle", &orderly{agent: agent{states: all[4:], hang: true}}, []string{"drain", "cp-1", "--wait"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
-		{"drain-wait-late", &orderly{changed: true, agent: agent{states: all[:2], hang: true}}, []string{"drain", "cp-1", "--wait", "--timeout", "500ms"}, exitFailed, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-wait-late", &orderly{changed: true, agent: agent{states: all[:1], hang: true}}, []string{"drain", "cp-1", "--wait", "--timeout", "500ms"}, exitFailed, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-wait-kept", &orderly{changed: true, agent: agent{states: all[:4], hang: true}}, []string{"drain", "cp-1", "--wait", "--grace", "300ms"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-wait-no-grace", &orderly{changed: true, agent: agent{states: all[:2], hang: true}}, []string{"drain", "cp-1", "--wait", "--grace", "0s"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-wait-kept-timeout", &orderly{changed: true, agent: agent{states: all[:2], hang: true}}, []string{"drain", "cp-1", "--wait", "--timeout", "500ms"}, exitDone, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-wait-more", &orderly{changed: true, agent: agent{states: []*hameshv1.GetStatusResponse{all[3], all[1]}, hang: true}}, []string{"drain", "cp-1", "--wait", "--timeout", "500ms"}, exitFailed, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-wait-unheard", &orderly{changed: true, agent: agent{states: []*hameshv1.GetStatusResponse{unheard()}, hang: true}}, []string{"drain", "cp-1", "--wait", "--grace", "100ms", "--timeout", "500ms"}, exitFailed, &hameshv1.DrainNodeRequest{Node: "cp-1"}},
+		{"drain-bad-grace", &orderly{}, []string{"drain", "cp-1", "--wait", "--grace", "-1s"}, exitUsage, nil},
 		{"drain-wait-stays", &orderly{changed: true, agent: agent{states: []*hameshv1.GetStatusResponse{stays()}, hang: true}},
 			[]string{"drain", "cp-1", "--wait", "--force", "--timeout", "500ms"}, exitFailed, &hameshv1.DrainNodeRequest{Node: "cp-1", Force: true}},
 		{"drain-wait-refused", &orderly{changed: true, agent: agent{err: refusal(codes.PermissionDenied, "ROLE_INSUFFICIENT", "the caller's role does not allow this call")}},
@@ -234,7 +247,7 @@ func TestWhatIsLeft(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := proto.CloneOf(drains()[4])
 			test.change(s)
-			if got := whatIsLeft(s, "cp-1"); got != test.want {
+			if got := whatIsLeft(s, "cp-1"); got.String() != test.want {
 				t.Errorf("%q, want %q", got, test.want)
 			}
 		})

@@ -72,7 +72,7 @@ func (v view) backends(backends []*hameshv1.Backend) string {
 	rows := newRows("BACKEND", "PROXY", "ADDRESS", "STATE", "CONNECTIONS", "SEEN UP BY").extend(v.wide, "NODE").extend(true, "REASON")
 	for _, backend := range backends {
 		rows.add(backend.GetName(), backend.GetProxy(), backend.GetAddress(),
-			v.state(backend.GetState().String(), "BACKEND_STATE_"), fmt.Sprint(backend.GetConnections()),
+			v.backendState(backend), fmt.Sprint(backend.GetConnections()),
 			strings.Join(backend.GetSeenUpBy(), ",")).extend(v.wide, backend.GetNode()).extend(true, backend.GetReason())
 	}
 	return rows.render()
@@ -119,6 +119,15 @@ func (v view) link(l *hameshv1.Link) string {
 		return v.paint("ONE WAY, "+ago, text.FgYellow)
 	}
 	return ago
+}
+
+// backendState is a backend's state; one that only is not ready keeps its connections, and is
+// not told to be down.
+func (v view) backendState(b *hameshv1.Backend) string {
+	if b.GetState() == hameshv1.BackendState_BACKEND_STATE_DOWN && b.GetNotReady() {
+		return v.state("NOT_READY", "")
+	}
+	return v.state(b.GetState().String(), "BACKEND_STATE_")
 }
 
 func (v view) problems(problems []*hameshv1.Problem) string {

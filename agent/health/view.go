@@ -17,8 +17,9 @@ type Backend struct {
 // Report is what one member's own checks say about one backend.
 type Report struct {
 	Backend string
-	State   State  // Up or Down; anything else says nothing
-	Reason  string // why it is down
+	State   State  // Up, NotReady or Down; anything else says nothing
+	Reason  string // why it is not up
+	Refuses bool   // as Result.Refuses
 }
 
 // Order is what an operator wants of a backend.
@@ -38,11 +39,14 @@ const (
 // Status is what the mesh's members together know of one backend, seen by one of them.
 type Status struct {
 	Backend  string
-	State    State    // Up, Down, Draining or Disabled
+	State    State    // Up, NotReady, Down, Draining or Disabled
 	Reason   string   // why it is not up, for people
 	SeenUpBy []string // the members whose own checks see it up, sorted
 	// Unheard: it is down for its node's silence alone; the API server itself has done nothing.
 	Unheard bool
+	// Refuses: it is down, but its machine answers for it, and so has ended or will end what
+	// it had under way.
+	Refuses bool
 }
 
 // Config says what a View looks at.
@@ -141,7 +145,7 @@ func (v *View) Own() []Report {
 	var reports []Report
 	for _, b := range v.cfg.Backends {
 		if o := v.own[b.Name]; o.last.State != Unknown {
-			reports = append(reports, Report{Backend: b.Name, State: o.last.State, Reason: o.down()})
+			reports = append(reports, Report{Backend: b.Name, State: o.last.State, Reason: o.failing(), Refuses: o.last.Refuses})
 		}
 	}
 	return reports
@@ -166,6 +170,7 @@ func (v *View) status(now time.Duration, b Backend) Status {
 		s.State, s.Reason = Draining, "by an operator's order"
 	}
 	s.Unheard = s.State == Down && v.lost(now, b) && v.unheard(b)
+	s.Refuses = s.State == Down && v.refuses(now, b)
 	return s
 }
 
@@ -178,18 +183,30 @@ func (v *View) judge(now time.Duration, b Backend) (State, string) {
 		return Down, "node " + b.Node + " is down"
 	}
 	if o.last.State == Down {
-		return Down, o.down()
+		return Down, o.failing()
 	}
 	firstHand := v.report(now, b.Node, b.Name)
 	switch {
 	case firstHand.State == Down:
 		return Down, firstHand.Reason + " (seen by " + b.Node + ")"
+	case o.last.State == NotReady:
+		return NotReady, o.failing()
+	case firstHand.State == NotReady:
+		return NotReady, firstHand.Reason + " (seen by " + b.Node + ")"
 	case firstHand.State == Up, o.last.State == Up:
 		return Up, ""
 	case o.reason != "":
 		return Down, o.reason
 	}
 	return Down, "not checked yet"
+}
+
+// refuses reports whether all that says that a backend is down says so of a machine that
+// answers.
+func (v *View) refuses(now time.Duration, b Backend) bool {
+	own, firstHand := v.own[b.Name].last, v.report(now, b.Node, b.Name)
+	return !v.lost(now, b) && (own.State == Down || firstHand.State == Down) &&
+		(own.State != Down || own.Refuses) && (firstHand.State != Down || firstHand.Refuses)
 }
 
 // renewed is for how long a failed check does not make a node that was proven to live a dead
@@ -209,7 +226,7 @@ func (v *View) lost(now time.Duration, b Backend) bool {
 // unheard reports whether nothing at all speaks against a backend that is lost.
 func (v *View) unheard(b Backend) bool {
 	o := v.own[b.Name]
-	return o.last.OK && o.last.State == Up && v.heard[b.Node].reports[b.Name].State != Down
+	return o.last.OK && o.last.State == Up && !slices.Contains([]State{Down, NotReady}, v.heard[b.Node].reports[b.Name].State)
 }
 
 // report returns what another member says about a backend; zero: nothing that counts.
@@ -235,9 +252,9 @@ func (v *View) seenUpBy(now time.Duration, backend string) []string {
 	return members
 }
 
-// down returns why the own check is down; empty where it is not.
-func (o own) down() string {
-	if o.last.State != Down {
+// failing returns why the own check is down or not ready; empty where it is neither.
+func (o own) failing() string {
+	if o.last.State != Down && o.last.State != NotReady {
 		return ""
 	}
 	return o.reason

@@ -24,6 +24,10 @@ func up(took time.Duration) Result { return Result{OK: true, Took: took, State: 
 
 func down(reason string) Result { return Result{Reason: reason, State: Down} }
 
+func refuses() Result { return Result{Reason: "connection refused", State: Down, Refuses: true} }
+
+func notReady(reason string) Result { return Result{Reason: reason, State: NotReady} }
+
 func TestView(t *testing.T) {
 	const s = time.Second
 	tests := []struct {
@@ -43,29 +47,29 @@ func TestView(t *testing.T) {
 			v.Observe(s, "b", Result{Reason: "HTTP 503"})
 		}, s, "down: HTTP 503 []"},
 		{"its node up, own not known", func(v *View) {
-			v.Hear(s, "cp-2", []Report{{"b", Up, ""}})
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Up}})
 		}, s, "up:  [cp-2]"},
 		{"its node up, own down", func(v *View) {
 			v.Observe(s, "b", down("timeout after 400ms"))
-			v.Hear(s, "cp-2", []Report{{"b", Up, ""}})
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Up}})
 		}, s, "down: timeout after 400ms [cp-2]"},
 		{"its node down, own up", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "HTTP 503"}})
 		}, s, "down: HTTP 503 (seen by cp-2) [cp-1]"},
 		{"its node down, long ago", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "HTTP 503"}})
 		}, s + fresh + 1, "up:  [cp-1]"},
 		{"its node takes it back", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "HTTP 503"}})
 			v.Hear(s, "cp-2", nil)
 		}, s, "up:  [cp-1]"},
 		{"another member's word counts for nothing", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.Hear(s, "cp-3", []Report{{"b", Down, "timeout after 400ms"}})
-			v.Hear(s, "cp-4", []Report{{"b", Up, ""}})
+			v.Hear(s, "cp-3", []Report{{Backend: "b", State: Down, Reason: "timeout after 400ms"}})
+			v.Hear(s, "cp-4", []Report{{Backend: "b", State: Up}})
 		}, s, "up:  [cp-1 cp-4]"},
 		{"dead node", func(v *View) {
 			v.Observe(s, "b", up(0))
@@ -119,7 +123,7 @@ func TestView(t *testing.T) {
 		}, 3*s + renewed + 1, "down: node cp-2 is down [cp-1]"},
 		{"its node said that it is down, and fell silent", func(v *View) {
 			v.Observe(s, "b", up(0))
-			v.Hear(s, "cp-2", []Report{{"b", Down, "HTTP 503"}})
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "HTTP 503"}})
 			v.SetDead(map[string]time.Duration{"cp-2": s})
 		}, s + fresh + 1, "down: node cp-2 is down [cp-1]"},
 		{"it began to recover, and its node fell silent", func(v *View) {
@@ -136,6 +140,50 @@ func TestView(t *testing.T) {
 			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
 			v.SetDead(nil)
 		}, 3 * s, "up:  [cp-1]"},
+		{"own check not ready", func(v *View) { v.Observe(s, "b", notReady("HTTP 500")) }, s, "not ready: HTTP 500 []"},
+		{"own check not ready, its node up", func(v *View) {
+			v.Observe(s, "b", notReady("HTTP 500"))
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Up}})
+		}, s, "not ready: HTTP 500 [cp-2]"},
+		{"its node says not ready, own up", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: NotReady, Reason: "HTTP 500"}})
+		}, s, "not ready: HTTP 500 (seen by cp-2) [cp-1]"},
+		{"the same, long ago", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: NotReady, Reason: "HTTP 500"}})
+		}, s + fresh + 1, "up:  [cp-1]"},
+		{"another member's not ready counts for nothing", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-3", []Report{{Backend: "b", State: NotReady, Reason: "HTTP 500"}})
+		}, s, "up:  [cp-1]"},
+		{"not ready, and down by its node's word", func(v *View) {
+			v.Observe(s, "b", notReady("HTTP 500"))
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "timeout after 400ms"}})
+		}, s, "down: timeout after 400ms (seen by cp-2) []"},
+		{"silent agent, its API server not ready", func(v *View) {
+			v.Observe(s, "b", notReady("HTTP 500"))
+			v.SetDead(map[string]time.Duration{"cp-2": 2 * s})
+		}, 3 * s, "down: node cp-2 is down []"},
+		{"not ready, though to be drained", func(v *View) {
+			v.Observe(s, "b", notReady("HTTP 500"))
+			v.SetOrder("b", Drain)
+		}, s, "not ready: HTTP 500 []"},
+		{"refuses", func(v *View) {
+			v.Observe(s, "b", refuses())
+		}, s, "down: connection refused []"},
+		{"refuses, by its node's word too", func(v *View) {
+			v.Observe(s, "b", refuses())
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "connection refused", Refuses: true}})
+		}, s, "down: connection refused []"},
+		{"refuses, by its node's word alone", func(v *View) {
+			v.Observe(s, "b", up(0))
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "connection refused", Refuses: true}})
+		}, s, "down: connection refused (seen by cp-2) [cp-1]"},
+		{"one refusal, its node hears nothing", func(v *View) {
+			v.Observe(s, "b", refuses())
+			v.Hear(s, "cp-2", []Report{{Backend: "b", State: Down, Reason: "timeout after 400ms"}})
+		}, s, "down: connection refused []"},
 		{"draining", func(v *View) {
 			v.Observe(s, "b", up(0))
 			v.SetOrder("b", Drain)
@@ -165,6 +213,9 @@ func TestView(t *testing.T) {
 			if unheard := strings.HasPrefix(tt.name, "dead node"); s.Unheard != unheard {
 				t.Errorf("down for its node's silence alone: %v, want %v", s.Unheard, unheard)
 			}
+			if refuses := strings.HasPrefix(tt.name, "refuses"); s.Refuses != refuses {
+				t.Errorf("its machine answers for it: %v, want %v", s.Refuses, refuses)
+			}
 		})
 	}
 }
@@ -174,7 +225,7 @@ func TestView(t *testing.T) {
 func TestViewOfOwnNode(t *testing.T) {
 	v := newView()
 	v.Observe(time.Second, "a", up(0))
-	v.Hear(time.Second, "cp-1", []Report{{"a", Down, "HTTP 503"}})
+	v.Hear(time.Second, "cp-1", []Report{{Backend: "a", State: Down, Reason: "HTTP 503"}})
 	v.SetDead(map[string]time.Duration{"cp-1": 2 * time.Second})
 	if s := v.Backends(time.Second)[0]; s.State != Up || strings.Join(s.SeenUpBy, " ") != "cp-1" {
 		t.Errorf("got %+v, want up, seen by cp-1", s)
@@ -189,7 +240,13 @@ func TestViewOwn(t *testing.T) {
 	v.Observe(0, "b", down("HTTP 503"))
 	v.Observe(0, "a", Result{Reason: "HTTP 500", State: Up})
 	v.Observe(0, "x", Result{Reason: "HTTP 500"})
-	want := "[{a up } {b down HTTP 503}]"
+	want := "[{a up  false} {b down HTTP 503 false}]"
+	if got := fmt.Sprint(v.Own()); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	v.Observe(0, "a", notReady("HTTP 500"))
+	v.Observe(0, "b", refuses())
+	want = "[{a not ready HTTP 500 false} {b down connection refused true}]"
 	if got := fmt.Sprint(v.Own()); got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}

@@ -31,7 +31,7 @@ type Data struct {
 var text string
 
 var page = template.Must(template.New("page").Funcs(template.FuncMap{
-	"age": age, "heard": heard, "link": link, "list": list, "object": object, "when": when, "word": word,
+	"age": age, "heard": heard, "link": link, "list": list, "object": object, "serves": serves, "when": when, "word": word,
 }).Parse(text))
 
 // policy lets the page have its own style and nothing else (Content Security Policy
@@ -67,6 +67,15 @@ func word(value fmt.Stringer) string {
 		}
 	}
 	return strings.ToLower(strings.ReplaceAll(name, "_", "-"))
+}
+
+// serves is the word for a backend's state; one that only is not ready keeps its connections,
+// and is not told to be down.
+func serves(b *hameshv1.Backend) string {
+	if b.GetState() == hameshv1.BackendState_BACKEND_STATE_DOWN && b.GetNotReady() {
+		return "not-ready"
+	}
+	return word(b.GetState())
 }
 
 func list(names []string) string { return strings.Join(names, ", ") }

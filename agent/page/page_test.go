@@ -50,6 +50,7 @@ func sick() Data {
 			Backends: []*hameshv1.Backend{
 				{Name: "cp-1", Proxy: "kube-api", Address: "10.77.0.11:6443", State: hameshv1.BackendState_BACKEND_STATE_UP, Connections: 41, SeenUpBy: []string{"cp-1", "cp-2"}},
 				{Name: "cp-2", Proxy: "kube-api", Address: "10.77.0.12:6443", State: hameshv1.BackendState_BACKEND_STATE_DRAINING, Connections: 3, SeenUpBy: []string{"cp-1"}, SeenDownBy: []string{"cp-2"}},
+				{Name: "cp-3", Proxy: "kube-api", Address: "10.77.0.13:6443", State: hameshv1.BackendState_BACKEND_STATE_DOWN, NotReady: true, Connections: 7, Reason: "not ready: shutdown failed (HTTP 500)"},
 				{Name: "cp-3", Proxy: "other", Address: "10.77.0.13:9345", State: hameshv1.BackendState_BACKEND_STATE_DOWN, Reason: `/readyz answered 500: <script>alert("x")</script>`},
 			},
 			Store:    &hameshv1.Store{Kind: "embedded", Members: []string{"cp-1", "cp-2", "cp-3"}},

@@ -44,6 +44,10 @@ type Config struct {
 	// it is empty, any certificate will do: the check asks whether the server works;
 	// who it is, clients verify for themselves through the proxy.
 	CAFile string
+	// Names are whom the server's certificate must be for, one of them, where CAFile is set:
+	// addresses or DNS names. None: Address. A check through a proxy reaches any of several
+	// servers, at an address that is none of theirs.
+	Names []string
 	// CertFile and KeyFile, as PEM, are shown to a server that asks for a certificate, as
 	// one with --anonymous-auth=false does. They are read again for each check, so that
 	// renewed ones need no restart. Both or neither is set.
@@ -92,9 +96,9 @@ func New(cfg Config) (*Probe, error) {
 		if err != nil {
 			return nil, err
 		}
-		p.check = get("https://"+cfg.Address.String()+cfg.Path, dial, tlsConfig)
+		p.check = get("https://"+cfg.Address.String(), cfg.Path, dial, tlsConfig)
 	case HTTP:
-		p.check = get("http://"+cfg.Address.String()+cfg.Path, dial, nil)
+		p.check = get("http://"+cfg.Address.String(), cfg.Path, dial, nil)
 	case TCP:
 		p.check = connect(cfg.Address.String(), dial)
 	default:
@@ -111,7 +115,7 @@ func (p *Probe) Run(ctx context.Context) error {
 	for {
 		started := time.Now()
 		answer := p.start(ctx)
-		if p.count.State() == health.Up {
+		if s := p.count.State(); s == health.Up || s == health.NotReady {
 			select {
 			case a := <-answer:
 				answer <- a // there is room for one
@@ -202,16 +206,74 @@ func (p *Probe) take(ctx context.Context, a answer) bool {
 	if a.err != nil {
 		result.Reason = p.reason(a.err)
 	}
-	p.count.Observe(result.OK, result.Reason)
-	result.State = p.count.State()
+	p.count.Observe(outcome(a.err), result.Reason)
+	result.State, result.Refuses = p.count.State(), p.count.Refuses()
 	p.cfg.OnResult(result)
 	return true
 }
 
-// statusError is an answer other than 200.
-type statusError int
+// outcome is what the end of a check counts as. A server that a check finds to be itself
+// wrong, as by its certificate, is none that answers.
+func outcome(err error) health.Outcome {
+	var status *statusError
+	switch {
+	case err == nil:
+		return health.Passed
+	case errors.As(err, &status) && status.lives:
+		return health.Unready
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return health.Refused
+	}
+	return health.Silent
+}
 
-func (e statusError) Error() string { return fmt.Sprintf("HTTP %d", int(e)) }
+// statusError is an answer other than 200.
+type statusError struct {
+	status int
+	failed []string // the checks of its own that have failed, as it says
+	lives  bool     // as its /livez says
+}
+
+func (e *statusError) Error() string {
+	text := fmt.Sprintf("HTTP %d", e.status)
+	if len(e.failed) > 0 {
+		text = fmt.Sprintf("%s failed (%s)", strings.Join(e.failed, ", "), text)
+	}
+	if len(e.failed) > 0 && e.lives {
+		text = "not ready: " + text
+	}
+	return text
+}
+
+const (
+	// livePath is where kube-apiserver says whether it lives, whatever it is ready for: also
+	// while it is being stopped and serves on (k8s.io/apiserver, server/healthz.go).
+	livePath = "/livez"
+	// answerLimit is how much of an answer is read, in bytes: far beyond what a health check
+	// answers.
+	answerLimit = 64 << 10
+	// failedLimit is how many failed checks a reason names, and failedLength how long each
+	// name may be, in bytes.
+	failedLimit, failedLength = 3, 40
+)
+
+// failedChecks finds the checks that an answer says have failed, in kube-apiserver's form:
+// a line "[-]NAME failed: REASON" for each (k8s.io/apiserver, server/healthz/healthz.go). What
+// it finds is fit for people and for a status.
+func failedChecks(body []byte) (names []string) {
+	for line := range strings.Lines(string(body)) {
+		rest, found := strings.CutPrefix(line, "[-]")
+		name, _, failed := strings.Cut(rest, " failed")
+		if !found || !failed || name == "" || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' }) {
+			continue
+		}
+		if len(names) == failedLimit {
+			return append(names, "...")
+		}
+		names = append(names, name[:min(len(name), failedLength)])
+	}
+	return names
+}
 
 // dialFunc connects to a server.
 type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
@@ -233,7 +295,9 @@ func dialWithHeader(ctx context.Context, network, address string) (net.Conn, err
 	return conn, nil
 }
 
-func get(target string, dial dialFunc, tlsConfig *tls.Config) func(context.Context) error {
+// get returns a check that gets a path of a server. Where the answer is not 200, it asks
+// whether the server lives.
+func get(server, path string, dial dialFunc, tlsConfig *tls.Config) func(context.Context) error {
 	client := &http.Client{
 		Transport: &http.Transport{
 			DialContext:       dial,
@@ -242,27 +306,32 @@ func get(target string, dial dialFunc, tlsConfig *tls.Config) func(context.Conte
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	return func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
+	ask := func(ctx context.Context, path string) (status int, body []byte, err error) {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, server+path, nil)
 		if err != nil {
-			return err
+			return 0, nil, err
 		}
 		req.Header.Set("User-Agent", "hamesh-probe")
 		resp, err := client.Do(req)
 		if err != nil {
-			return err
+			return 0, nil, err
 		}
 		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return statusError(resp.StatusCode)
+		// A server may hang after its headers too.
+		body, err = io.ReadAll(io.LimitReader(resp.Body, answerLimit))
+		return resp.StatusCode, body, err
+	}
+	return func(ctx context.Context) error {
+		status, body, err := ask(ctx, path)
+		if err != nil || status == http.StatusOK {
+			return err
 		}
-		// A server may hang after its headers too. The limit is far beyond what a
-		// health check answers.
-		_, err = io.CopyN(io.Discard, resp.Body, 64<<10)
-		if errors.Is(err, io.EOF) {
-			err = nil
+		unready := &statusError{status: status, failed: failedChecks(body)}
+		if path != livePath {
+			status, _, err = ask(ctx, livePath)
+			unready.lives = err == nil && status == http.StatusOK
 		}
-		return err
+		return unready
 	}
 }
 
@@ -292,6 +361,10 @@ func tlsConfig(cfg Config) (*tls.Config, error) {
 		if !c.RootCAs.AppendCertsFromPEM(pem) {
 			return nil, fmt.Errorf("no certificate in %s", cfg.CAFile)
 		}
+		if len(cfg.Names) > 0 {
+			c.InsecureSkipVerify = true // by the one name that it knows; verify knows them all
+			c.VerifyConnection = func(state tls.ConnectionState) error { return verify(state, c.RootCAs, cfg.Names) }
+		}
 	}
 	if cfg.CertFile == "" && cfg.KeyFile == "" {
 		return c, nil
@@ -310,12 +383,29 @@ func tlsConfig(cfg Config) (*tls.Config, error) {
 	return c, nil
 }
 
+// verify checks a server's certificate as crypto/tls does, for any of several names.
+func verify(state tls.ConnectionState, roots *x509.CertPool, names []string) error {
+	own, between := state.PeerCertificates[0], x509.NewCertPool()
+	for _, c := range state.PeerCertificates[1:] {
+		between.AddCert(c)
+	}
+	_, err := own.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between})
+	if err == nil {
+		for _, name := range names {
+			if err = own.VerifyHostname(name); err == nil {
+				return nil
+			}
+		}
+	}
+	return &tls.CertificateVerificationError{UnverifiedCertificates: state.PeerCertificates, Err: err}
+}
+
 // reason says in a few words why a check failed.
 func (p *Probe) reason(err error) string {
 	var (
 		netErr    net.Error
 		errno     syscall.Errno
-		status    statusError
+		status    *statusError
 		alert     tls.AlertError
 		untrusted *tls.CertificateVerificationError
 		remote    *net.OpError

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"math/big"
@@ -63,6 +64,24 @@ func TestProbe(t *testing.T) {
 	}
 	well := answer(mux.ServeHTTP)
 	unready := answer(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) })
+	// As kube-apiserver, whose /livez goes on while it is being stopped.
+	stopping := func(status int, failed string, live http.HandlerFunc) *httptest.Server {
+		return answer(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == livePath {
+				live(w, r)
+				return
+			}
+			http.Error(w, failed, status)
+		})
+	}
+	lives := func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok")) }
+	dies := func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) }
+	const shutdown = "[+]ping ok\n[-]shutdown failed: reason withheld\nreadyz check failed\n"
+	parting := stopping(http.StatusInternalServerError, shutdown, lives)
+	mute := stopping(http.StatusInternalServerError, "not now", lives)
+	dying := stopping(http.StatusInternalServerError, "[-]etcd failed: reason withheld\n[-]poststarthook/x failed\n", dies)
+	partingInSilence := stopping(http.StatusInternalServerError, shutdown, func(http.ResponseWriter, *http.Request) { <-release })
+	stranger401 := stopping(http.StatusUnauthorized, "{}", lives)
 	moved := answer(func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, well.URL+"/readyz", http.StatusFound)
 	})
@@ -128,6 +147,11 @@ func TestProbe(t *testing.T) {
 		{"well without TLS", plain.Listener.Addr(), HTTP, "", long, ""},
 		{"well for TCP", stopped.Addr(), TCP, "", long, ""},
 		{"not ready", unready.Listener.Addr(), HTTPS, "", long, "HTTP 503"},
+		{"not ready, and lives", parting.Listener.Addr(), HTTPS, "", long, "not ready: shutdown failed (HTTP 500)"},
+		{"not ready for an unknown reason, and lives", mute.Listener.Addr(), HTTPS, "", long, "HTTP 500"},
+		{"refuses to say, and lives", stranger401.Listener.Addr(), HTTPS, "", long, "HTTP 401"},
+		{"not ready, and does not live", dying.Listener.Addr(), HTTPS, "", long, "etcd, poststarthook/x failed (HTTP 500)"},
+		{"not ready, and does not say whether it lives", partingInSilence.Listener.Addr(), HTTPS, "", short, "shutdown failed (HTTP 500)"},
 		{"elsewhere", moved.Listener.Addr(), HTTPS, "", long, "HTTP 302"},
 		{"hung before the headers", hung.Listener.Addr(), HTTPS, "", short, "timeout after 100ms"},
 		{"hung after the headers", stuck.Listener.Addr(), HTTPS, "", short, "timeout after 100ms"},
@@ -146,14 +170,37 @@ func TestProbe(t *testing.T) {
 			if r.OK != (tt.want == "") || r.Reason != tt.want {
 				t.Errorf("got %+v, want reason %q", r, tt.want)
 			}
-			if want := map[bool]health.State{true: health.Up, false: health.Down}[r.OK]; r.State != want {
-				t.Errorf("state %v, want %v", r.State, want)
+			want := health.Down
+			switch {
+			case r.OK:
+				want = health.Up
+			case strings.HasSuffix(tt.name, "and lives"):
+				want = health.NotReady
+			}
+			if r.State != want || r.Refuses != strings.HasPrefix(tt.name, "closed") {
+				t.Errorf("state %v, refuses: %v; want %v", r.State, r.Refuses, want)
 			}
 			if r.Took <= 0 || r.Took > tt.timeout+2*time.Second {
 				t.Errorf("took %v with timeout %v", r.Took, tt.timeout)
 			}
 		})
 	}
+
+	t.Run("certificate for one of several names", func(t *testing.T) {
+		names := []string{"10.77.0.11", "example.com"} // for which httptest's is
+		cfg := Config{Address: netip.MustParseAddrPort(well.Listener.Addr().String()), Scheme: HTTPS, CAFile: ca, Timeout: long, Names: names}
+		if r := first(t, cfg); !r.OK {
+			t.Errorf("got %+v", r)
+		}
+		cfg.Names = names[:1]
+		if r := first(t, cfg); r.OK || !strings.HasPrefix(r.Reason, "TLS: x509: ") {
+			t.Errorf("for none of the names: got %+v, want a TLS failure", r)
+		}
+		cfg.Names, cfg.CAFile = names, write("third.crt", stranger(t))
+		if r := first(t, cfg); r.OK || !strings.HasPrefix(r.Reason, "TLS: x509: ") {
+			t.Errorf("of another authority: got %+v, want a TLS failure", r)
+		}
+	})
 
 	t.Run("certificate of another authority", func(t *testing.T) {
 		other := write("other.crt", stranger(t))
@@ -165,6 +212,22 @@ func TestProbe(t *testing.T) {
 			t.Errorf("got %+v, want a TLS failure", r)
 		}
 	})
+}
+
+// What a server says of itself is its own choice, and is to be read by people.
+func TestFailedChecks(t *testing.T) {
+	long := strings.Repeat("x", 1000)
+	for body, want := range map[string]string{
+		"": "[]", "ok": "[]", "[-]": "[]", "[-] failed: x": "[]", "shutdown failed": "[]", "[+]ping ok": "[]",
+		"[-]etcd failed: reason withheld":                                 "[etcd]",
+		"[-]\x1b[2J failed: x\n[-]a b failed: x\n[-]\xff failed: x":       "[]",
+		"[-]a failed\n[-]b failed\n[-]c failed\n[-]d failed\n[-]e failed": "[a b c ...]",
+		"[-]" + long + " failed: x":                                       "[" + long[:failedLength] + "]",
+	} {
+		if got := fmt.Sprint(failedChecks([]byte(body))); got != want {
+			t.Errorf("%.40q: got %s, want %s", body, got, want)
+		}
+	}
 }
 
 func TestNewRefuses(t *testing.T) {

@@ -76,16 +76,18 @@ func (b *backend) ramp(now, slowStart time.Duration) float64 {
 // It waits for nothing.
 //
 // New connections go to backends that are Up. Where none is Up or none of those accepts,
-// they go to Draining ones, then Unknown, then Down ones: an attempt is better than a
-// refusal. Disabled backends get none. A backend that was Up before, then Down or Disabled,
-// and becomes Up beside others gets its clients back over Config.SlowStart, unless it is
-// named as warm: it was well while it was Down, and is where it was before.
+// they go to Draining ones, then NotReady, then Unknown, then Down ones: an attempt is better
+// than a refusal. Disabled backends get none. A backend that was Up before, then NotReady, Down
+// or Disabled, and becomes Up beside others gets its clients back over Config.SlowStart, unless
+// it is named as warm: it was well while it was Down, and is where it was before.
 //
 // Connections to a backend that becomes Disabled are reset at once; those to one that
 // becomes Down are gather later, with OnDownClose, if another one is Up or Draining then. If
 // none is, their clients would only come back to servers that are in trouble already: they
 // keep what they have until reprieve after the next one is. Connections to one that
-// becomes Draining, or Down with OnDownDrain, are reset after Config.DrainTimeout.
+// becomes Draining or NotReady, or Down with OnDownDrain, are reset Config.DrainTimeout after
+// the first of these; but those to a NotReady one only while another one is Up or Draining,
+// else so long after the next one is.
 func (p *Proxy) SetBackends(states map[string]health.State, warm ...string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -96,13 +98,15 @@ func (p *Proxy) SetBackends(states map[string]health.State, warm ...string) {
 		if !named || state == was {
 			continue
 		}
-		p.letLive(b)
+		if !p.drains(was) || !p.drains(state) {
+			p.letLive(b)
+		}
 		if state == health.Up {
 			b.shunned.Store(0)
 			b.muted.Store(0)
 			switch {
 			case slices.Contains(warm, b.Name):
-			case up > 0 && b.wasUp && (was == health.Down || was == health.Disabled):
+			case up > 0 && b.wasUp && (was == health.NotReady || was == health.Down || was == health.Disabled):
 				b.rising.Store(int64(time.Since(origin)))
 			default:
 				b.rising.Store(0)
@@ -115,19 +119,28 @@ func (p *Proxy) SetBackends(states map[string]health.State, warm ...string) {
 			p.reset(b, BackendDisabled, p.loops)
 		case state == health.Down && p.cfg.OnDown == OnDownClose:
 			p.endLater(b, gather, BackendDown)
-		case (state == health.Down || state == health.Draining) && p.cfg.DrainTimeout > 0:
+		case p.drains(state) && b.ending == nil && p.cfg.DrainTimeout > 0:
 			p.endLater(b, p.cfg.DrainTimeout, DrainTimeout)
 		}
 	}
-	if refuge || !p.refuge() || p.cfg.OnDown != OnDownClose {
+	if refuge || !p.refuge() {
 		return
 	}
 	for _, b := range p.backends { // those that clients came to when all were in trouble, too
-		if b.State() == health.Down {
+		switch {
+		case b.State() == health.Down && p.cfg.OnDown == OnDownClose:
 			p.letLive(b)
 			p.endLater(b, reprieve, BackendDown)
+		case b.State() == health.NotReady && b.ending == nil && p.cfg.DrainTimeout > 0:
+			p.endLater(b, p.cfg.DrainTimeout, DrainTimeout)
 		}
 	}
+}
+
+// drains reports whether connections may go on, for some time, while their backend is in a
+// state in which it gets no new ones.
+func (p *Proxy) drains(state health.State) bool {
+	return state == health.Draining || state == health.NotReady || state == health.Down && p.cfg.OnDown == OnDownDrain
 }
 
 // gather is how long the news that one backend is Down waits for the same of others: all
@@ -138,8 +151,8 @@ const gather = 20 * time.Millisecond
 // recovered, to do so too: longer than it takes checks to see them all.
 const reprieve = 2 * time.Second
 
-// endLater resets a backend's connections after some time; those of one that is Down only if
-// their clients have somewhere to go then. p.mu is held.
+// endLater resets a backend's connections after some time; those of one that is Down or
+// NotReady only if their clients have somewhere to go then. p.mu is held.
 func (p *Proxy) endLater(b *backend, after time.Duration, cause Cause) {
 	if p.closed {
 		return
@@ -148,8 +161,11 @@ func (p *Proxy) endLater(b *backend, after time.Duration, cause Cause) {
 	timer = time.AfterFunc(after, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		// Else it was stopped just now.
-		if b.ending == timer && (cause != BackendDown || p.refuge()) {
+		if b.ending != timer { // it was stopped just now
+			return
+		}
+		b.ending = nil
+		if p.refuge() || (cause != BackendDown && b.State() != health.NotReady) {
 			p.reset(b, cause, p.loops)
 		}
 	})

@@ -52,7 +52,7 @@ type attempt struct {
 
 // classes are the states of backends that are tried, the best first. One class is tried
 // only when all of the one before have failed.
-var classes = [...]health.State{health.Up, health.Draining, health.Unknown, health.Down}
+var classes = [...]health.State{health.Up, health.Draining, health.NotReady, health.Unknown, health.Down}
 
 // advance tries the next backend for a session, and ends the session where none is left
 // to try or to wait for.

@@ -84,6 +84,44 @@ func TestDrainTimeout(t *testing.T) {
 	}
 }
 
+// The time of a drain runs from its beginning, though the backend ceases to be ready meanwhile;
+// and where no other one is well, it does not begin before one is.
+func TestDrainTimeoutOfOneNotReady(t *testing.T) {
+	const timeout = 300 * time.Millisecond
+	s, other := serve(t, "127.0.0.11:0", echo), serve(t, "127.0.0.12:0", echo)
+	p := start(t, func(c *Config) { c.DrainTimeout = timeout }, s, other)
+	connect := func() *net.TCPConn {
+		t.Helper()
+		p.SetBackends(map[string]health.State{s.name: health.Up, other.name: health.Disabled})
+		conn := dial(t, p, "")
+		mustName(t, conn)
+		p.SetBackends(map[string]health.State{other.name: health.Up})
+		return conn
+	}
+	conn := connect()
+	began := time.Now()
+	p.SetBackends(map[string]health.State{s.name: health.Draining})
+	time.Sleep(timeout * 2 / 3)
+	p.SetBackends(map[string]health.State{s.name: health.NotReady})
+	_, err := conn.Read(make([]byte, 1))
+	if took := time.Since(began); !isReset(err) || took < timeout || took > timeout*3/2 {
+		t.Errorf("%v after %v, want a reset after %v", err, took, timeout)
+	}
+
+	conn = connect()
+	all(p, health.NotReady)
+	time.Sleep(timeout * 3 / 2)
+	conn.Write([]byte("x"))
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Fatalf("no other one was well, and yet: %v", err)
+	}
+	began = time.Now()
+	p.SetBackends(map[string]health.State{other.name: health.Up})
+	if _, err := conn.Read(make([]byte, 1)); !isReset(err) || time.Since(began) < timeout {
+		t.Errorf("%v after %v, want a reset after %v", err, time.Since(began), timeout)
+	}
+}
+
 // A backend that recovers gets its clients back one by one, each for good.
 func TestSlowStart(t *testing.T) {
 	const slowStart = 3 * time.Second

@@ -455,6 +455,60 @@ func TestDrainingIsRefuge(t *testing.T) {
 	}
 }
 
+// One that is not ready keeps its connections and gets no new ones, whatever OnDown says; gone
+// after that, it loses them.
+func TestNotReadyIsNotGone(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	conn := dial(t, p, "")
+	met := mustName(t, conn)
+	for _, state := range []health.State{health.NotReady, health.Draining, health.NotReady} {
+		p.SetBackends(map[string]health.State{met: state})
+		time.Sleep(3 * gather)
+		if _, err := conn.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Fatalf("while %v: %v", state, err)
+		}
+		if got := mustName(t, dial(t, p, "")); got == met {
+			t.Errorf("a new connection came to %s while %v", met, state)
+		}
+	}
+	p.SetBackends(map[string]health.State{met: health.Down})
+	if _, err := conn.Read(make([]byte, 1)); !isReset(err) {
+		t.Errorf("down: %v, want a reset", err)
+	}
+}
+
+// One that is not ready is a better choice than one that is down, and a worse one than one that
+// drains; and it is no reason to send the clients of one that is down away.
+func TestNotReadyIsBetterThanDown(t *testing.T) {
+	servers := three(t, echo)
+	p := start(t, nil, servers...)
+	conn := dial(t, p, clientsOf(servers[0], 1, servers...)[0])
+	mustName(t, conn)
+	p.SetBackends(map[string]health.State{servers[0].name: health.Down, servers[1].name: health.NotReady, servers[2].name: health.Down})
+	for i := range 10 {
+		if got := mustName(t, dial(t, p, client(i))); got != servers[1].name {
+			t.Errorf("client %d came to %s, which is down", i, got)
+		}
+	}
+	time.Sleep(3 * gather)
+	if _, err := conn.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); err != nil {
+		t.Errorf("its client was sent to one that is not ready: %v", err)
+	}
+	p.SetBackends(map[string]health.State{servers[2].name: health.Draining})
+	for i := range 10 {
+		if got := mustName(t, dial(t, p, client(i))); got != servers[2].name {
+			t.Errorf("client %d came to %s, which is not ready", i, got)
+		}
+	}
+}
+
 func TestDrainingAndOnDownDrainLeaveConnections(t *testing.T) {
 	servers := three(t, echo)
 	p := start(t, func(c *Config) { c.OnDown = OnDownDrain }, servers...)

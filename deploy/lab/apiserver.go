@@ -4,9 +4,10 @@ package lab
 
 import (
 	"bufio"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rand"
+	crand "crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -19,12 +20,16 @@ import (
 	"io"
 	"log"
 	"math/big"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,19 +42,27 @@ const apiPort = 6443
 type mode string
 
 const (
-	well mode = "well" // 200
-	sick mode = "sick" // 500, as a real one whose check fails
-	hang mode = "hang" // accepts, and does not answer
+	well     mode = "well"     // 200
+	sick     mode = "sick"     // 500, as a real one whose etcd fails, and /livez too
+	unready  mode = "unready"  // 500, as a real one that is not ready, and /livez is 200
+	hang     mode = "hang"     // accepts, and does not answer
+	stopping mode = "stopping" // as unready, for that the server is being stopped
 )
+
+// stopWithin is how long a server that stops lets requests under way go on, as
+// kube-apiserver does by default (--request-timeout).
+const stopWithin = 60 * time.Second
 
 // APIServer is the stand-in for one node's Kubernetes API server: HTTPS, HTTP/1.1 and
 // HTTP/2, with a Server header that tells which one answers.
 //
-//	/readyz                 as Well, Sick and Hang say
+//	/readyz, /livez         as Well, Sick, Unready, Hang and Stop say
 //	/version                the server's name
 //	/watch?interval=100ms   lines "name sequence", one at once and then every interval; 0: no more
 //	/wait?for=700ms         the server's name, after that time
 //	/echo                   the request's body, with its SHA-256 in the trailer Sha256
+//
+// It asks for a client's certificate and wants none, unless RefuseAnonymous says so.
 type APIServer struct {
 	node *Node
 
@@ -57,6 +70,9 @@ type APIServer struct {
 	process *process
 	tell    io.WriteCloser
 	answers *bufio.Scanner
+	// What it is started with.
+	refusesAnonymous bool
+	goawayChance     float64
 }
 
 // Start starts the server, ready, and waits until it listens. A running one stays.
@@ -68,7 +84,8 @@ func (a *APIServer) Start() error {
 	}
 	certificate, key := certificateFiles(filepath.Dir(a.node.dir))
 	cmd := Command("apiserver", "-name", a.node.Name, "-listen", fmt.Sprintf(":%d", apiPort),
-		"-cert", certificate, "-key", key)
+		"-cert", certificate, "-key", key, "-client-ca", clientFiles(filepath.Dir(a.node.dir)).CA,
+		fmt.Sprintf("-anonymous=%t", !a.refusesAnonymous), fmt.Sprintf("-goaway=%g", a.goawayChance))
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return fmt.Errorf("start API server of %s: %w", a.node.Name, err)
@@ -104,14 +121,21 @@ func (a *APIServer) await() error {
 	return nil
 }
 
-func (a *APIServer) become(m mode) error {
+func (a *APIServer) become(m mode) error { return a.order(string(m), nil) }
+
+// order tells the server's process something, and waits until it has obeyed. What remember
+// changes, a server that is started later has too.
+func (a *APIServer) order(order string, remember func()) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.process.running() {
-		return fmt.Errorf("make API server of %s %s: it is not running", a.node.Name, m)
+	if remember != nil {
+		remember()
 	}
-	if _, err := fmt.Fprintln(a.tell, m); err != nil {
-		return fmt.Errorf("make API server of %s %s: %w", a.node.Name, m, err)
+	if !a.process.running() {
+		return fmt.Errorf("make API server of %s %s: it is not running", a.node.Name, order)
+	}
+	if _, err := fmt.Fprintln(a.tell, order); err != nil {
+		return fmt.Errorf("make API server of %s %s: %w", a.node.Name, order, err)
 	}
 	return a.await()
 }
@@ -125,8 +149,45 @@ func (a *APIServer) running() *process {
 // Well makes /readyz answer 200, as at start.
 func (a *APIServer) Well() error { return a.become(well) }
 
-// Sick makes /readyz answer 500; all else goes on.
+// Sick makes /readyz and /livez answer 500; all else goes on.
 func (a *APIServer) Sick() error { return a.become(sick) }
+
+// Unready makes /readyz answer 500 and /livez 200; all else goes on.
+func (a *APIServer) Unready() error { return a.become(unready) }
+
+// RefuseAnonymous makes it answer 401 to whoever shows no certificate of Mesh.ClientFiles,
+// whatever is asked, as kube-apiserver with --anonymous-auth=false; from now on and after
+// each Start.
+func (a *APIServer) RefuseAnonymous() error {
+	return a.order("certain", func() { a.refusesAnonymous = true })
+}
+
+// SetGoaway makes it end each HTTP/2 connection with that chance, 0 to 1, at each request, after
+// the answer (GOAWAY), as kube-apiserver with --goaway-chance; from now on and after each
+// Start.
+func (a *APIServer) SetGoaway(chance float64) error {
+	return a.order(fmt.Sprintf("goaway %g", chance), func() { a.goawayChance = chance })
+}
+
+// Stop stops the server as SIGTERM stops kube-apiserver, and returns when it has ended: for
+// the given time it serves on and says that it is not ready (--shutdown-delay-duration), then
+// it accepts no more connections, answers what it was asked, and tells HTTP/2 clients to go
+// away.
+func (a *APIServer) Stop(delay time.Duration) error {
+	if err := a.order("stop "+delay.String(), nil); err != nil {
+		return err
+	}
+	p := a.running()
+	select {
+	case <-p.done:
+	case <-time.After(delay + stopWithin + patience):
+		return errors.Join(fmt.Errorf("API server of %s does not stop", a.node.Name), p.end(unix.SIGKILL))
+	}
+	if p.err != nil {
+		return fmt.Errorf("API server of %s: %w\n%s", a.node.Name, p.err, tail(a.log()))
+	}
+	return nil
+}
 
 // Hang makes /readyz not answer at all; all else goes on.
 func (a *APIServer) Hang() error { return a.become(hang) }
@@ -154,14 +215,17 @@ func (a *APIServer) locked(f func(*process) error) error {
 
 func init() { Role("apiserver", serveAPI) }
 
-// serveAPI is the stand-in's process. It obeys a mode a line on standard input and
-// answers each with "done"; it ends with its standard input.
+// serveAPI is the stand-in's process. It obeys an order a line on standard input and
+// answers each with "done"; it ends with its standard input, or when it is told to stop.
 func serveAPI(args []string) int {
 	flags := flag.NewFlagSet("apiserver", flag.ExitOnError)
 	name := flags.String("name", "", "what to answer as")
 	listen := flags.String("listen", "", "address to listen on")
 	cert := flags.String("cert", "", "certificate file")
 	key := flags.String("key", "", "key file")
+	clientCA := flags.String("client-ca", "", "file of the authority of clients' certificates")
+	anonymous := flags.Bool("anonymous", true, "whether clients without a certificate are served")
+	goaway := flags.Float64("goaway", 0, "chance of each HTTP/2 request to be a connection's last one")
 	_ = flags.Parse(args) // exits by itself
 
 	listener, err := net.Listen("tcp", *listen)
@@ -169,32 +233,76 @@ func serveAPI(args []string) int {
 		log.Print(err)
 		return 1
 	}
-	s := &standIn{name: *name, mode: well, changed: make(chan struct{})}
-	failed := make(chan error, 1)
-	go func() {
-		server := &http.Server{Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second}
-		failed <- server.ServeTLS(listener, *cert, *key)
-	}()
-	fmt.Println("done")
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		for orders := bufio.NewScanner(os.Stdin); orders.Scan(); {
-			s.become(mode(orders.Text()))
-			fmt.Println("done")
-		}
-	}()
-	select {
-	case err := <-failed:
+	clients, err := trustedTLS(*clientCA)
+	if err != nil {
 		log.Print(err)
 		return 1
-	case <-ended:
-		return 0
+	}
+	s := &standIn{name: *name, mode: well, changed: make(chan struct{}), clients: clients.RootCAs}
+	s.certain.Store(!*anonymous)
+	s.goaway.Store(*goaway)
+	failed := make(chan error, 1)
+	server := &http.Server{
+		Handler: s.handler(), ReadHeaderTimeout: 10 * time.Second,
+		TLSConfig: &tls.Config{ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS12},
+	}
+	go func() { failed <- server.ServeTLS(listener, *cert, *key) }()
+	fmt.Println("done")
+	ended := make(chan error, 1)
+	go func() {
+		for orders := bufio.NewScanner(os.Stdin); orders.Scan(); {
+			order, value, _ := strings.Cut(orders.Text(), " ")
+			switch order {
+			case "certain":
+				s.certain.Store(true)
+			case "goaway":
+				chance, _ := strconv.ParseFloat(value, 64) // the lab has written it
+				s.goaway.Store(chance)
+			case "stop":
+				delay, _ := time.ParseDuration(value) // likewise
+				s.become(stopping)
+				time.AfterFunc(delay, func() { ended <- stop(server) })
+			default:
+				s.become(mode(order))
+			}
+			fmt.Println("done")
+		}
+		ended <- nil
+	}()
+	for {
+		select {
+		case err := <-failed:
+			if errors.Is(err, http.ErrServerClosed) {
+				failed = nil // it is being stopped
+				continue
+			}
+			log.Print(err)
+			return 1
+		case err := <-ended:
+			if err != nil {
+				log.Print(err)
+				return 1
+			}
+			return 0
+		}
 	}
 }
 
+// stop ends a server in good order.
+func stop(server *http.Server) error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopWithin)
+	defer cancel()
+	if err := server.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return nil // as kube-apiserver, which then ends with what is under way
+}
+
 type standIn struct {
-	name string
+	name    string
+	clients *x509.CertPool // authorities of clients' certificates
+	certain atomic.Bool    // whether who shows none is refused
+	goaway  atomic.Value   // float64
 
 	mu      sync.Mutex
 	mode    mode
@@ -219,24 +327,49 @@ func (s *standIn) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/readyz", s.readyz)
 	mux.HandleFunc("/version", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, s.name) })
+	mux.HandleFunc("/livez", s.readyz)
 	mux.HandleFunc("/watch", s.watch)
 	mux.HandleFunc("/wait", s.wait)
 	mux.HandleFunc("/echo", s.echo)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Server", s.name)
+		// The server makes a GOAWAY of it (net/http), as in kube-apiserver
+		// (k8s.io/apiserver, server/filters/goaway.go).
+		if r.ProtoMajor == 2 && rand.Float64() < s.goaway.Load().(float64) {
+			w.Header().Set("Connection", "close")
+		}
+		if s.certain.Load() && !s.known(r) {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(http.StatusUnauthorized)
+			fmt.Fprintln(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","message":"Unauthorized","reason":"Unauthorized","code":401}`)
+			return
+		}
 		mux.ServeHTTP(w, r)
 	})
 }
 
+// known reports whether a client has shown a certificate of the lab.
+func (s *standIn) known(r *http.Request) bool {
+	if len(r.TLS.PeerCertificates) == 0 {
+		return false
+	}
+	_, err := r.TLS.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: s.clients, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	return err == nil
+}
+
+// readyz answers as kube-apiserver does (k8s.io/apiserver, server/healthz/healthz.go), /livez
+// too.
 func (s *standIn) readyz(w http.ResponseWriter, r *http.Request) {
+	path := strings.TrimPrefix(r.URL.Path, "/")
 	for {
 		m, changed := s.state()
-		switch m {
-		case well:
+		failed := map[mode]string{sick: "etcd", unready: "informer-sync", stopping: "shutdown"}[m]
+		switch {
+		case m == well, path == "livez" && (m == unready || m == stopping):
 			fmt.Fprint(w, "ok")
 			return
-		case sick:
-			http.Error(w, "[-]etcd failed: reason withheld", http.StatusInternalServerError)
+		case failed != "":
+			http.Error(w, fmt.Sprintf("[+]ping ok\n[-]%s failed: reason withheld\n%s check failed", failed, path), http.StatusInternalServerError)
 			return
 		}
 		select {
@@ -306,7 +439,7 @@ func certificateFiles(dir string) (certificate, key string) {
 // writeCertificate makes one self-signed certificate for all stand-ins, good for the
 // given addresses.
 func writeCertificate(dir string, addresses []netip.Addr) error {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	private, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
 	if err != nil {
 		return fmt.Errorf("make API server key: %w", err)
 	}
@@ -324,15 +457,50 @@ func writeCertificate(dir string, addresses []netip.Addr) error {
 	for _, a := range addresses {
 		template.IPAddresses = append(template.IPAddresses, a.AsSlice())
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	certificate, key := certificateFiles(dir)
+	return writePair(certificate, key, template, template, private, private)
+}
+
+func clientFiles(dir string) Files {
+	return Files{CA: filepath.Join(dir, "client-ca.crt"), Certificate: filepath.Join(dir, "client.crt"), Key: filepath.Join(dir, "client.key")}
+}
+
+// writeClientCertificate makes an authority of clients and one client's certificate by it.
+func writeClientCertificate(dir string) error {
+	authority, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
 	if err != nil {
-		return fmt.Errorf("make API server certificate: %w", err)
+		return fmt.Errorf("make the key of the clients' authority: %w", err)
+	}
+	private, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		return fmt.Errorf("make a client's key: %w", err)
+	}
+	issuer := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "hamesh lab clients"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(30 * 24 * time.Hour),
+		KeyUsage: x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true,
+	}
+	client := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "hamesh-check"},
+		NotBefore: issuer.NotBefore, NotAfter: issuer.NotAfter,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	files := clientFiles(dir)
+	return errors.Join(
+		writePair(files.CA, filepath.Join(dir, "client-ca.key"), issuer, issuer, authority, authority),
+		writePair(files.Certificate, files.Key, client, issuer, private, authority))
+}
+
+// writePair issues a certificate and writes it, and its key.
+func writePair(certificate, key string, template, issuer *x509.Certificate, private, by *ecdsa.PrivateKey) error {
+	der, err := x509.CreateCertificate(crand.Reader, template, issuer, private.Public(), by)
+	if err != nil {
+		return fmt.Errorf("make the certificate %s: %w", certificate, err)
 	}
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
 	if err != nil {
-		return fmt.Errorf("encode API server key: %w", err)
+		return fmt.Errorf("encode the key %s: %w", key, err)
 	}
-	certificate, key := certificateFiles(dir)
 	return errors.Join(
 		os.WriteFile(certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644),
 		os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600))

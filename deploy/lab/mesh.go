@@ -125,6 +125,9 @@ func (m *Mesh) start() (err error) {
 	if err := writeCertificate(m.dir, names); err != nil {
 		return err
 	}
+	if err := writeClientCertificate(m.dir); err != nil {
+		return err
+	}
 	if m.Client, err = newClient(m); err != nil {
 		return err
 	}
@@ -167,6 +170,17 @@ func (m *Mesh) SecondVIP() netip.AddrPort { return netip.AddrPortFrom(m.plans[1]
 func (m *Mesh) TLS() (*tls.Config, error) {
 	certificate, _ := certificateFiles(m.dir)
 	return trustedTLS(certificate)
+}
+
+// ClientFiles are the certificate and key by which stand-in API servers know a client, and
+// the authority of such certificates. They are there before the first configuration is made
+// (Options.Edit).
+func (m *Mesh) ClientFiles() Files { return clientFiles(m.dir) }
+
+// ServerCA is the file that verifies the stand-in API servers' certificate.
+func (m *Mesh) ServerCA() string {
+	certificate, _ := certificateFiles(m.dir)
+	return certificate
 }
 
 // Node returns the node of that name, or nil.

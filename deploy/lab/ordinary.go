@@ -34,6 +34,7 @@ type Ordinary struct {
 	Calls       float64       // a second: a new connection, one request, and its end
 	Connections int           // kept, each with one request after the other
 	Delay       time.Duration // after which these are answered; 0: 0.7 s
+	Every       time.Duration // from one request of a kept connection to its next; 0: as soon as it is answered
 	Slow        int           // as Connections, with requests that are answered after SlowDelay
 	SlowDelay   time.Duration // 0: 20 s
 	Watches     int           // held open, silent after their first line
@@ -51,7 +52,7 @@ func (c *Client) StartOrdinary(o Ordinary) (*Run, error) {
 	if len(o.From) == 0 {
 		o.From = c.Sources
 	}
-	if !o.Target.IsValid() || o.Calls < 0 || o.Calls > 10_000 || min(o.Connections, o.Slow, o.Watches) < 0 || min(o.Delay, o.SlowDelay) < 0 {
+	if !o.Target.IsValid() || o.Calls < 0 || o.Calls > 10_000 || min(o.Connections, o.Slow, o.Watches) < 0 || min(o.Delay, o.SlowDelay, o.Every) < 0 {
 		return nil, fmt.Errorf("start ordinary clients: out of range: %+v", o)
 	}
 	return c.start(order{Ordinary: &o})
@@ -220,7 +221,12 @@ func (o *ordinary) keep(ctx context.Context, pause time.Duration, kind Kind, sou
 			return
 		case <-time.After(pause):
 		}
-		for o.do(ctx, l, kind, source, path, delay) == nil {
+		for next := time.Now(); o.do(ctx, l, kind, source, path, delay) == nil; {
+			next = next.Add(o.Every)
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Until(next)):
+			}
 		}
 		l.transport.CloseIdleConnections()
 		pause = again

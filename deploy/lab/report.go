@@ -48,6 +48,29 @@ type Sample struct {
 	Unfinished bool          `json:",omitempty"` // still under way when the load was stopped, at End
 }
 
+// Finished returns the samples of one kind that are not of what was still under way.
+func Finished(samples []Sample, kind Kind) []Sample {
+	return slices.DeleteFunc(slices.Clone(samples), func(s Sample) bool { return s.Kind != kind || s.Unfinished })
+}
+
+// Spread returns how many of the clients that keep a connection each API server has answered
+// last. One whose last request failed is with none.
+func Spread(samples []Sample) map[string]int {
+	last := map[netip.Addr]Sample{}
+	for _, s := range Finished(samples, Kept) {
+		if s.End.After(last[s.Source].End) {
+			last[s.Source] = s
+		}
+	}
+	spread := map[string]int{}
+	for _, s := range last {
+		if s.Error == "" {
+			spread[s.Backend]++
+		}
+	}
+	return spread
+}
+
 // Report is what a client saw over some time.
 type Report struct {
 	Requests int // that were due in this time

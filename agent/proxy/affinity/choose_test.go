@@ -55,6 +55,14 @@ func TestChooseHoldsTheBound(t *testing.T) {
 			all[i].Weight = rapid.IntRange(1, 5).Draw(t, "weight")
 			weights += all[i].Weight
 		}
+		floor := Floor
+		if rapid.Bool().Draw(t, "some ramp up") {
+			floor = rampFloor
+			all[0].Ramp = rapid.Float64Range(0, 0.99).Draw(t, "ramp")
+			for i := range all[1:] {
+				all[1+i].Ramp = rapid.SampledFrom([]float64{0, 0.5, 1}).Draw(t, "ramp")
+			}
+		}
 		factor := rapid.Float64Range(1.1, 4).Draw(t, "factor")
 		clients := rapid.SliceOfN(someClient, 1, 5).Draw(t, "clients") // few, so that they crowd
 		total := 0
@@ -63,8 +71,8 @@ func TestChooseHoldsTheBound(t *testing.T) {
 			i := Choose(client, all, factor)
 			first := Choose(client, all, 0)
 			total++
-			limit := func(c Candidate) int { return bound(c.Weight, weights, total, factor) }
-			if i != first && all[first].Load < limit(all[first]) {
+			limit := func(c Candidate) int { return bound(c.Weight, weights, total, factor, floor) }
+			if i != first && floor == Floor && all[first].Load < limit(all[first]) {
 				t.Fatalf("a client was sent on from a backend with %d connections, less than %d", all[first].Load, limit(all[first]))
 			}
 			all[i].Load++
@@ -120,6 +128,37 @@ func TestChooseRampsUp(t *testing.T) {
 			t.Errorf("at %v it has %d clients, want about %d", all[1].Ramp, n, want)
 		}
 	}
+}
+
+// One that is full is a worse choice than one that ramps up; and of those that ramp up and are
+// not full it is the first in rank, so that clients do not go to and fro.
+func TestChooseFullIsWorseThanRampingUp(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		all := candidates(rapid.IntRange(2, 6).Draw(t, "backends"))
+		old := rapid.IntRange(0, len(all)-1).Draw(t, "old")
+		backends := make([]Backend, len(all))
+		for i := range all {
+			backends[i] = all[i].Backend
+			if i != old {
+				all[i].Ramp, all[i].Load = 0, rapid.IntRange(0, 1).Draw(t, "load")
+			}
+		}
+		all[old].Load = rapid.IntRange(2*rampFloor+len(all), 1000).Draw(t, "crowd")
+		client := someClient.Draw(t, "client")
+		want := -1
+		for _, i := range Rank(client, backends) {
+			if i != old {
+				want = i
+				break
+			}
+		}
+		if got := Choose(client, all, 1.5); got != want {
+			t.Fatalf("chose %d, want %d", got, want)
+		}
+		if got := Choose(client, all, 0); got != old {
+			t.Fatalf("without a bound it chose %d, want the one that does not ramp up, %d", got, old)
+		}
+	})
 }
 
 func TestChooseAvoids(t *testing.T) {

@@ -8,6 +8,7 @@
 //	hamesh-lab chaos     strikes with random faults, and fails where a promise was broken
 //	hamesh-lab endure    burns the processors, and fails where a VIP moves for that
 //	hamesh-lab failover  measures fail-over, also beside keepalived and HAProxy
+//	hamesh-lab rolling   restarts all API servers, and shows who serves whom then
 //	hamesh-lab bench     measures the relay beside HAProxy and a direct connection
 //
 // What it is not: a way to run hamesh for anybody but an onlooker.
@@ -52,6 +53,7 @@ const usage = `usage:
   hamesh-lab endure   [-duration D] [-loops N] [-timing default|fast]
   hamesh-lab failover [-trials N] [-timing default,fast] [-peers] [-out FILE]
   hamesh-lab clients  [-scenario NAME,…] [-trials N] [-timing default|fast] [-nodes N] [-external] [-away D]
+  hamesh-lab rolling  [-goaway 0,0.02] [-watch D]
   hamesh-lab bench    [-runs N | -quick] [-out FILE]
   hamesh-lab bench    -idle N [-for D]
 `
@@ -59,7 +61,7 @@ const usage = `usage:
 func run(args []string, out, complaints io.Writer) int {
 	commands := map[string]func(*flag.FlagSet, []string, io.Writer) (func() error, error){
 		"demo": demoCommand, "chaos": chaosCommand, "endure": endureCommand, "failover": failoverCommand,
-		"clients": clientsCommand, "bench": benchCommand,
+		"clients": clientsCommand, "bench": benchCommand, "rolling": rollingCommand,
 	}
 	if len(args) == 0 || commands[args[0]] == nil {
 		fmt.Fprint(complaints, usage)

@@ -1179,7 +1179,11 @@ type BackendReport struct {
 	// The last failed check, for people.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Connections of its own proxy to that backend.
-	Connections   uint32 `protobuf:"varint,5,opt,name=connections,proto3" json:"connections,omitempty"`
+	Connections uint32 `protobuf:"varint,5,opt,name=connections,proto3" json:"connections,omitempty"`
+	// With DOWN: it answers that it is not ready, and lives.
+	NotReady bool `protobuf:"varint,30,opt,name=not_ready,json=notReady,proto3" json:"not_ready,omitempty"`
+	// With DOWN: its machine answers that nobody listens there.
+	Refuses       bool `protobuf:"varint,31,opt,name=refuses,proto3" json:"refuses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1247,6 +1251,20 @@ func (x *BackendReport) GetConnections() uint32 {
 		return x.Connections
 	}
 	return 0
+}
+
+func (x *BackendReport) GetNotReady() bool {
+	if x != nil {
+		return x.NotReady
+	}
+	return false
+}
+
+func (x *BackendReport) GetRefuses() bool {
+	if x != nil {
+		return x.Refuses
+	}
+	return false
 }
 
 var File_hamesh_v1_mesh_service_proto protoreflect.FileDescriptor
@@ -1344,13 +1362,15 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x17\n" +
 	"\ato_boot\x18\x03 \x01(\x04R\x06toBoot\x12\x18\n" +
-	"\aattempt\x18\x04 \x01(\x04R\aattempt\"\xa8\x01\n" +
+	"\aattempt\x18\x04 \x01(\x04R\aattempt\"\xdf\x01\n" +
 	"\rBackendReport\x12\x14\n" +
 	"\x05proxy\x18\x01 \x01(\tR\x05proxy\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12-\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x17.hamesh.v1.BackendStateR\x05state\x12\x16\n" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12 \n" +
-	"\vconnections\x18\x05 \x01(\rR\vconnections2\xeb\x01\n" +
+	"\vconnections\x18\x05 \x01(\rR\vconnections\x12\x1b\n" +
+	"\tnot_ready\x18\x1e \x01(\bR\bnotReady\x12\x18\n" +
+	"\arefuses\x18\x1f \x01(\bR\arefuses2\xeb\x01\n" +
 	"\vMeshService\x12G\n" +
 	"\bExchange\x12\x1a.hamesh.v1.ExchangeRequest\x1a\x1b.hamesh.v1.ExchangeResponse(\x010\x01\x12F\n" +
 	"\tWithdrawn\x12\x1b.hamesh.v1.WithdrawnRequest\x1a\x1c.hamesh.v1.WithdrawnResponse\x12K\n" +

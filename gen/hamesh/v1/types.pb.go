@@ -259,7 +259,8 @@ const (
 	BackendState_BACKEND_STATE_UNSPECIFIED BackendState = 0
 	// Gets new connections.
 	BackendState_BACKEND_STATE_UP BackendState = 1
-	// Gets none; its old ones are closed.
+	// Gets none while another one is up. Its old ones are closed, as the configuration's
+	// onDown says, unless it is only not ready: see Backend.not_ready.
 	BackendState_BACKEND_STATE_DOWN BackendState = 2
 	// Gets no new connections; old ones may end by themselves.
 	BackendState_BACKEND_STATE_DRAINING BackendState = 3
@@ -924,7 +925,10 @@ type Backend struct {
 	// The node it runs on; empty: none of the mesh's.
 	Node string `protobuf:"bytes,8,opt,name=node,proto3" json:"node,omitempty"`
 	// The members whose own checks see it down.
-	SeenDownBy    []string `protobuf:"bytes,20,rep,name=seen_down_by,json=seenDownBy,proto3" json:"seen_down_by,omitempty"`
+	SeenDownBy []string `protobuf:"bytes,20,rep,name=seen_down_by,json=seenDownBy,proto3" json:"seen_down_by,omitempty"`
+	// With BACKEND_STATE_DOWN: it answers that it is not ready, and lives. It gets no new
+	// connections while another one is up, and keeps its old ones.
+	NotReady      bool `protobuf:"varint,30,opt,name=not_ready,json=notReady,proto3" json:"not_ready,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1020,6 +1024,13 @@ func (x *Backend) GetSeenDownBy() []string {
 		return x.SeenDownBy
 	}
 	return nil
+}
+
+func (x *Backend) GetNotReady() bool {
+	if x != nil {
+		return x.NotReady
+	}
+	return false
 }
 
 // Store is etcd as the answering agent sees it.
@@ -1367,7 +1378,7 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\vunconnected\x18\x06 \x01(\bR\vunconnected\"/\n" +
 	"\x05Proxy\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04port\x18\x02 \x01(\rR\x04port\"\x8a\x02\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"\xa7\x02\n" +
 	"\aBackend\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12-\n" +
@@ -1379,7 +1390,8 @@ const file_hamesh_v1_types_proto_rawDesc = "" +
 	"\x05proxy\x18\a \x01(\tR\x05proxy\x12\x12\n" +
 	"\x04node\x18\b \x01(\tR\x04node\x12 \n" +
 	"\fseen_down_by\x18\x14 \x03(\tR\n" +
-	"seenDownBy\"\x88\x01\n" +
+	"seenDownBy\x12\x1b\n" +
+	"\tnot_ready\x18\x1e \x01(\bR\bnotReady\"\x88\x01\n" +
 	"\x05Store\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
