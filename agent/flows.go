@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"encoding/binary"
+	"errors"
+	"io"
 	"iter"
 	"maps"
 	"net/netip"
@@ -33,6 +35,8 @@ const (
 	flowsChunk = 4096
 	// flowsAgain is the pause before a stream that broke is opened again.
 	flowsAgain = 20 * time.Millisecond
+	// flowsAsk bounds asking another member for a third one's connections.
+	flowsAsk = 2 * time.Second
 	// flowsBereaved is how long after a death its clients may still be told: whoever waits
 	// for longer has noticed by its own keep-alive or has gone, and a VIP that comes here
 	// days later would bring segments of nothing to machines that know nothing of it.
@@ -68,13 +72,18 @@ type flows struct {
 	// or keeps what it had when it gave the VIP away, by its newest word, and is heard.
 	serves func(member, vip string) bool
 	keeps  func(vip string) bool // this node serves what it had when it gave the VIP away
-	tell   func(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) error
-	ports  []uint16
-	log    hclog.Logger
+	// unheard says whether a member had not been heard for a while when it was given up.
+	unheard func(member string) bool
+	peers   map[string]*peer.Link // to every other member
+	tell    func(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) error
+	ports   []uint16
+	log     hclog.Logger
 
 	news   chan struct{} // one token: connections have come
 	paused time.Time     // until when they wait for more; run's own
-	wake   chan struct{} // one token: somebody may have to be told
+	// asked is the generation of each VIP's hold for which the others were asked; run's own.
+	asked map[string]uint64
+	wake  chan struct{} // one token: somebody may have to be told
 
 	mu     sync.Mutex
 	mine   map[through]map[netip.AddrPort]uint64 // to the connection's number
@@ -124,7 +133,7 @@ func newFlows(self string, boot uint64, vips map[string]netip.Addr, ports []uint
 		self: self, boot: boot, vips: vips, ports: ports, log: log, tell: handover.Tickle,
 		mine: map[through]map[netip.AddrPort]uint64{}, theirs: map[string]*theirFlows{}, past: map[string]*theirFlows{}, taken: map[string]hold{}, lost: newTheirFlows(boot),
 		links: map[*flowLink]struct{}{}, wake: make(chan struct{}, 1), news: make(chan struct{}, 1),
-		take: map[uint16]func() ([]proxy.Flow, func()){},
+		take: map[uint16]func() ([]proxy.Flow, func()){}, asked: map[string]uint64{},
 	}
 }
 
@@ -143,6 +152,8 @@ func (a *Agent) openFlows(boot uint64) {
 		f.take[s.cfg.Port] = s.proxy.TakeFlows
 	}
 	f.serves = a.board.serves
+	f.peers = a.links // made later, see openMesh
+	f.unheard = func(member string) bool { return a.board.unheard(member, 2*a.cfg.Timing.SuspectAfter) }
 	f.keeps = func(vip string) bool {
 		keeps, _, _ := a.handing.keeps(vip)
 		return keeps
@@ -185,6 +196,7 @@ func (f *flows) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-f.wake:
+			f.recall(ctx, &group)
 			for _, n := range f.bereaved() {
 				group.Go(func() { f.notify(ctx, n) })
 			}
@@ -530,6 +542,66 @@ type news struct {
 	of      *theirFlows
 	gen     uint64
 	clients []netip.AddrPort
+}
+
+// recalled is what a member has said of its connections.
+func (f *flows) recalled(member string) (all []*hameshv1.ShareFlowsRequest) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	t := f.theirs[member]
+	if t == nil {
+		return nil
+	}
+	for w, c := range t.flows {
+		for m := range f.messages(w, slices.Collect(maps.Keys(c)), nil) {
+			m.Member, m.Boot = member, t.boot
+			all = append(all, m)
+		}
+	}
+	return all
+}
+
+// recall asks the other members for the connections of those that this one does not hear, and
+// did not before either: it was not told of the last ones. It does so once for each time that
+// a VIP comes here.
+func (f *flows) recall(ctx context.Context, group *sync.WaitGroup) {
+	for vip := range f.vips {
+		gen, here := f.has(vip)
+		if !here || f.asked[vip] == gen {
+			continue
+		}
+		f.asked[vip] = gen
+		for member := range f.peers {
+			if !f.unheard(member) {
+				continue
+			}
+			for other, link := range f.peers {
+				if other != member {
+					group.Go(func() { f.ask(ctx, link, member) })
+				}
+			}
+		}
+	}
+}
+
+func (f *flows) ask(ctx context.Context, link *peer.Link, member string) {
+	ctx, cancel := context.WithTimeout(ctx, flowsAsk)
+	defer cancel()
+	client, ok := link.AwaitMesh(ctx)
+	if !ok {
+		return
+	}
+	stream, err := client.RecallFlows(ctx, &hameshv1.RecallFlowsRequest{Member: member})
+	for err == nil {
+		var said *hameshv1.RecallFlowsResponse
+		if said, err = stream.Recv(); err == nil {
+			f.hear(member, said.GetFlows())
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		f.log.Debug("could not ask for the connections of a member that is not heard", "peer", member, "asked", link.String(), "error", err)
+	}
+	poke(f.wake)
 }
 
 // bereaved finds the clients that are to be told: those of members, and of earlier lives of

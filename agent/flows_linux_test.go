@@ -174,3 +174,38 @@ func TestSamePortElsewhere(t *testing.T) {
 		healthy(t, m)
 	}
 }
+
+// TestClientsUnheardOfAreTold lets clients connect while the only other candidate does not hear
+// the owner, and then cuts the owner off: a third member knows who they are.
+func TestClientsUnheardOfAreTold(t *testing.T) {
+	m := newMesh(t, lab.Options{Witnesses: 1})
+	n := owner(t, m)
+	healthy(t, m)
+	other := m.Nodes[0]
+	if other == n {
+		other = m.Nodes[1]
+	}
+	lift, err := m.Switch.Partition(lab.Frames{}, []*lab.Port{n.Port()}, []*lab.Port{other.Port()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(3 * time.Second) // long unheard
+	if now := owner(t, m); now != n {
+		t.Fatalf("%s owns the VIP, %s did", now.Name, n.Name)
+	}
+	const clients = 50
+	w := openWatches(t, m, clients)
+	noticed(t, n, clients)
+	cut := time.Now()
+	if err := n.Port().Isolate(); err != nil {
+		t.Fatal(err)
+	}
+	_, last := w.after(t, cut)
+	t.Logf("all clients know %v after the cut", last)
+	if last > 3*time.Second {
+		t.Errorf("the last client knew %v after the cut", last)
+	}
+	if err := errors.Join(lift(), n.Port().Rejoin()); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -21,6 +21,9 @@ func (a *Agent) Withdrawn(ctx context.Context, from string, word *hameshv1.Withd
 // Flows implements server.MeshPeer.
 func (a *Agent) Flows(from string, change *hameshv1.ShareFlowsRequest) { a.flows.hear(from, change) }
 
+// Recall implements server.MeshPeer.
+func (a *Agent) Recall(member string) []*hameshv1.ShareFlowsRequest { return a.flows.recalled(member) }
+
 // postGuard starts the process that takes the VIPs off should this one be killed. It
 // knows every VIP before one is put on. A witness, which never has one, needs none.
 func (a *Agent) postGuard() (err error) {

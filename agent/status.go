@@ -21,6 +21,7 @@ type board struct {
 	owners  map[string]tenure
 	peers   map[string]*hameshv1.Heartbeat // the newest of each other member
 	silent  map[string]bool                // members given up
+	heardAt map[string]time.Time           // when each other member was heard last
 	// next is whom a member forwarded unknown connections of a VIP to when it last was not
 	// its holder; keys are MEMBER/VIP.
 	next map[string]string
@@ -40,7 +41,7 @@ type tenure struct {
 }
 
 func newBoard() *board {
-	b := &board{changed: make(chan struct{}), owners: map[string]tenure{}, peers: map[string]*hameshv1.Heartbeat{}, next: map[string]string{}}
+	b := &board{changed: make(chan struct{}), owners: map[string]tenure{}, peers: map[string]*hameshv1.Heartbeat{}, heardAt: map[string]time.Time{}, next: map[string]string{}}
 	starting := "starting"
 	b.reason.Store(&starting)
 	return b
@@ -102,6 +103,13 @@ func (b *board) serves(member, vip string) bool {
 	return true // not heard yet
 }
 
+// unheard says whether a member is given up, and was last heard that long ago at least.
+func (b *board) unheard(member string, since time.Duration) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.silent[member] && time.Since(b.heardAt[member]) >= since
+}
+
 // hear keeps a peer's newest heartbeat, and wakes watchers where it says something new. It
 // says whether that is about connections that it serves.
 func (b *board) hear(h *hameshv1.Heartbeat) (serving bool) {
@@ -111,7 +119,7 @@ func (b *board) hear(h *hameshv1.Heartbeat) (serving bool) {
 		b.mu.Unlock()
 		return false
 	}
-	b.peers[h.GetMember()] = h
+	b.peers[h.GetMember()], b.heardAt[h.GetMember()] = h, time.Now()
 	for _, v := range h.GetVips() {
 		if !v.GetHolds() {
 			b.next[h.GetMember()+"/"+v.GetName()] = v.GetForwardsTo()

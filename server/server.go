@@ -71,6 +71,8 @@ type MeshPeer interface {
 	// Flows takes what the member from, whose name the server has checked, says of its
 	// connections. Those of one stream come in order, one at a time.
 	Flows(from string, change *hameshv1.ShareFlowsRequest)
+	// Recall returns what a member has said of its connections.
+	Recall(member string) []*hameshv1.ShareFlowsRequest
 }
 
 // Options says whom the server serves.

@@ -130,6 +130,10 @@ func (a *agent) Heartbeat(_ context.Context, from string, heartbeat *hameshv1.He
 	return &hameshv1.ExchangeResponse{AckBoot: heartbeat.GetBoot(), AckSequence: heartbeat.GetSequence()}, nil
 }
 
+func (a *agent) Recall(member string) []*hameshv1.ShareFlowsRequest {
+	return []*hameshv1.ShareFlowsRequest{{Member: member, Vip: "kube-api"}}
+}
+
 func (a *agent) Flows(from string, change *hameshv1.ShareFlowsRequest) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

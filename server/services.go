@@ -174,6 +174,16 @@ func (s *Server) ShareFlows(stream grpc.ClientStreamingServer[hameshv1.ShareFlow
 	}
 }
 
+// RecallFlows implements MeshService.
+func (s *Server) RecallFlows(request *hameshv1.RecallFlowsRequest, stream grpc.ServerStreamingServer[hameshv1.RecallFlowsResponse]) error {
+	for _, m := range s.peer.Recall(request.GetMember()) {
+		if err := stream.Send(&hameshv1.RecallFlowsResponse{Flows: m}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (s *Server) takeFlows(stream grpc.ClientStreamingServer[hameshv1.ShareFlowsRequest, hameshv1.ShareFlowsResponse]) (err error) {
 	defer func() {
 		if panicked := recover(); panicked != nil {

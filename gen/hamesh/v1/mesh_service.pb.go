@@ -371,6 +371,98 @@ func (*ShareFlowsResponse) Descriptor() ([]byte, []int) {
 	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{5}
 }
 
+// RecallFlowsRequest names the member whose connections are asked for.
+type RecallFlowsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name in the configuration.
+	Member        string `protobuf:"bytes,1,opt,name=member,proto3" json:"member,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecallFlowsRequest) Reset() {
+	*x = RecallFlowsRequest{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecallFlowsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecallFlowsRequest) ProtoMessage() {}
+
+func (x *RecallFlowsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecallFlowsRequest.ProtoReflect.Descriptor instead.
+func (*RecallFlowsRequest) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RecallFlowsRequest) GetMember() string {
+	if x != nil {
+		return x.Member
+	}
+	return ""
+}
+
+// RecallFlowsResponse is a part of what that member has said.
+type RecallFlowsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Connections that it has, as far as the callee knows.
+	Flows         *ShareFlowsRequest `protobuf:"bytes,1,opt,name=flows,proto3" json:"flows,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecallFlowsResponse) Reset() {
+	*x = RecallFlowsResponse{}
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecallFlowsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecallFlowsResponse) ProtoMessage() {}
+
+func (x *RecallFlowsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecallFlowsResponse.ProtoReflect.Descriptor instead.
+func (*RecallFlowsResponse) Descriptor() ([]byte, []int) {
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RecallFlowsResponse) GetFlows() *ShareFlowsRequest {
+	if x != nil {
+		return x.Flows
+	}
+	return nil
+}
+
 // Heartbeat is everything one member says about itself. Silence about a VIP means
 // that no claim is made.
 type Heartbeat struct {
@@ -420,7 +512,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +524,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[6]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,7 +537,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{6}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Heartbeat) GetMember() string {
@@ -596,7 +688,7 @@ type Hearing struct {
 
 func (x *Hearing) Reset() {
 	*x = Hearing{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +700,7 @@ func (x *Hearing) String() string {
 func (*Hearing) ProtoMessage() {}
 
 func (x *Hearing) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[7]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +713,7 @@ func (x *Hearing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hearing.ProtoReflect.Descriptor instead.
 func (*Hearing) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{7}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Hearing) GetMember() string {
@@ -658,7 +750,7 @@ type Hearsay struct {
 
 func (x *Hearsay) Reset() {
 	*x = Hearsay{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +762,7 @@ func (x *Hearsay) String() string {
 func (*Hearsay) ProtoMessage() {}
 
 func (x *Hearsay) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[8]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +775,7 @@ func (x *Hearsay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hearsay.ProtoReflect.Descriptor instead.
 func (*Hearsay) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{8}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Hearsay) GetHeartbeat() *Heartbeat {
@@ -713,7 +805,7 @@ type ConfigPart struct {
 
 func (x *ConfigPart) Reset() {
 	*x = ConfigPart{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -725,7 +817,7 @@ func (x *ConfigPart) String() string {
 func (*ConfigPart) ProtoMessage() {}
 
 func (x *ConfigPart) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[9]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -738,7 +830,7 @@ func (x *ConfigPart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigPart.ProtoReflect.Descriptor instead.
 func (*ConfigPart) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{9}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ConfigPart) GetPart() uint32 {
@@ -784,7 +876,7 @@ type Record struct {
 
 func (x *Record) Reset() {
 	*x = Record{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +888,7 @@ func (x *Record) String() string {
 func (*Record) ProtoMessage() {}
 
 func (x *Record) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[10]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +901,7 @@ func (x *Record) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Record.ProtoReflect.Descriptor instead.
 func (*Record) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{10}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Record) GetOwner() string {
@@ -920,7 +1012,7 @@ type VipReport struct {
 
 func (x *VipReport) Reset() {
 	*x = VipReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -932,7 +1024,7 @@ func (x *VipReport) String() string {
 func (*VipReport) ProtoMessage() {}
 
 func (x *VipReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[11]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -945,7 +1037,7 @@ func (x *VipReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VipReport.ProtoReflect.Descriptor instead.
 func (*VipReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{11}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VipReport) GetName() string {
@@ -1052,7 +1144,7 @@ type Ask struct {
 
 func (x *Ask) Reset() {
 	*x = Ask{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[12]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1156,7 @@ func (x *Ask) String() string {
 func (*Ask) ProtoMessage() {}
 
 func (x *Ask) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[12]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1169,7 @@ func (x *Ask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ask.ProtoReflect.Descriptor instead.
 func (*Ask) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{12}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Ask) GetRevision() int64 {
@@ -1111,7 +1203,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[13]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1215,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[13]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1228,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{13}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Grant) GetRevision() int64 {
@@ -1190,7 +1282,7 @@ type BackendReport struct {
 
 func (x *BackendReport) Reset() {
 	*x = BackendReport{}
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[14]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1294,7 @@ func (x *BackendReport) String() string {
 func (*BackendReport) ProtoMessage() {}
 
 func (x *BackendReport) ProtoReflect() protoreflect.Message {
-	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[14]
+	mi := &file_hamesh_v1_mesh_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1307,7 @@ func (x *BackendReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendReport.ProtoReflect.Descriptor instead.
 func (*BackendReport) Descriptor() ([]byte, []int) {
-	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{14}
+	return file_hamesh_v1_mesh_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *BackendReport) GetProxy() string {
@@ -1291,7 +1383,11 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06opened\x18\x05 \x01(\fR\x06opened\x12\x16\n" +
 	"\x06closed\x18\x06 \x01(\fR\x06closed\x12\x12\n" +
 	"\x04boot\x18\a \x01(\x04R\x04boot\"\x14\n" +
-	"\x12ShareFlowsResponse\"\xfd\x04\n" +
+	"\x12ShareFlowsResponse\",\n" +
+	"\x12RecallFlowsRequest\x12\x16\n" +
+	"\x06member\x18\x01 \x01(\tR\x06member\"I\n" +
+	"\x13RecallFlowsResponse\x122\n" +
+	"\x05flows\x18\x01 \x01(\v2\x1c.hamesh.v1.ShareFlowsRequestR\x05flows\"\xfd\x04\n" +
 	"\tHeartbeat\x12\x16\n" +
 	"\x06member\x18\x01 \x01(\tR\x06member\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x1a\n" +
@@ -1370,12 +1466,13 @@ const file_hamesh_v1_mesh_service_proto_rawDesc = "" +
 	"\x06reason\x18\x04 \x01(\tR\x06reason\x12 \n" +
 	"\vconnections\x18\x05 \x01(\rR\vconnections\x12\x1b\n" +
 	"\tnot_ready\x18\x1e \x01(\bR\bnotReady\x12\x18\n" +
-	"\arefuses\x18\x1f \x01(\bR\arefuses2\xeb\x01\n" +
+	"\arefuses\x18\x1f \x01(\bR\arefuses2\xbb\x02\n" +
 	"\vMeshService\x12G\n" +
 	"\bExchange\x12\x1a.hamesh.v1.ExchangeRequest\x1a\x1b.hamesh.v1.ExchangeResponse(\x010\x01\x12F\n" +
 	"\tWithdrawn\x12\x1b.hamesh.v1.WithdrawnRequest\x1a\x1c.hamesh.v1.WithdrawnResponse\x12K\n" +
 	"\n" +
-	"ShareFlows\x12\x1c.hamesh.v1.ShareFlowsRequest\x1a\x1d.hamesh.v1.ShareFlowsResponse(\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
+	"ShareFlows\x12\x1c.hamesh.v1.ShareFlowsRequest\x1a\x1d.hamesh.v1.ShareFlowsResponse(\x01\x12N\n" +
+	"\vRecallFlows\x12\x1d.hamesh.v1.RecallFlowsRequest\x1a\x1e.hamesh.v1.RecallFlowsResponse0\x01B1Z/github.com/hamesh/hamesh/gen/hamesh/v1;hameshv1b\x06proto3"
 
 var (
 	file_hamesh_v1_mesh_service_proto_rawDescOnce sync.Once
@@ -1389,53 +1486,58 @@ func file_hamesh_v1_mesh_service_proto_rawDescGZIP() []byte {
 	return file_hamesh_v1_mesh_service_proto_rawDescData
 }
 
-var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_hamesh_v1_mesh_service_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_hamesh_v1_mesh_service_proto_goTypes = []any{
-	(*ExchangeRequest)(nil),    // 0: hamesh.v1.ExchangeRequest
-	(*ExchangeResponse)(nil),   // 1: hamesh.v1.ExchangeResponse
-	(*WithdrawnRequest)(nil),   // 2: hamesh.v1.WithdrawnRequest
-	(*WithdrawnResponse)(nil),  // 3: hamesh.v1.WithdrawnResponse
-	(*ShareFlowsRequest)(nil),  // 4: hamesh.v1.ShareFlowsRequest
-	(*ShareFlowsResponse)(nil), // 5: hamesh.v1.ShareFlowsResponse
-	(*Heartbeat)(nil),          // 6: hamesh.v1.Heartbeat
-	(*Hearing)(nil),            // 7: hamesh.v1.Hearing
-	(*Hearsay)(nil),            // 8: hamesh.v1.Hearsay
-	(*ConfigPart)(nil),         // 9: hamesh.v1.ConfigPart
-	(*Record)(nil),             // 10: hamesh.v1.Record
-	(*VipReport)(nil),          // 11: hamesh.v1.VipReport
-	(*Ask)(nil),                // 12: hamesh.v1.Ask
-	(*Grant)(nil),              // 13: hamesh.v1.Grant
-	(*BackendReport)(nil),      // 14: hamesh.v1.BackendReport
-	(Role)(0),                  // 15: hamesh.v1.Role
-	(Right)(0),                 // 16: hamesh.v1.Right
-	(BackendState)(0),          // 17: hamesh.v1.BackendState
+	(*ExchangeRequest)(nil),     // 0: hamesh.v1.ExchangeRequest
+	(*ExchangeResponse)(nil),    // 1: hamesh.v1.ExchangeResponse
+	(*WithdrawnRequest)(nil),    // 2: hamesh.v1.WithdrawnRequest
+	(*WithdrawnResponse)(nil),   // 3: hamesh.v1.WithdrawnResponse
+	(*ShareFlowsRequest)(nil),   // 4: hamesh.v1.ShareFlowsRequest
+	(*ShareFlowsResponse)(nil),  // 5: hamesh.v1.ShareFlowsResponse
+	(*RecallFlowsRequest)(nil),  // 6: hamesh.v1.RecallFlowsRequest
+	(*RecallFlowsResponse)(nil), // 7: hamesh.v1.RecallFlowsResponse
+	(*Heartbeat)(nil),           // 8: hamesh.v1.Heartbeat
+	(*Hearing)(nil),             // 9: hamesh.v1.Hearing
+	(*Hearsay)(nil),             // 10: hamesh.v1.Hearsay
+	(*ConfigPart)(nil),          // 11: hamesh.v1.ConfigPart
+	(*Record)(nil),              // 12: hamesh.v1.Record
+	(*VipReport)(nil),           // 13: hamesh.v1.VipReport
+	(*Ask)(nil),                 // 14: hamesh.v1.Ask
+	(*Grant)(nil),               // 15: hamesh.v1.Grant
+	(*BackendReport)(nil),       // 16: hamesh.v1.BackendReport
+	(Role)(0),                   // 17: hamesh.v1.Role
+	(Right)(0),                  // 18: hamesh.v1.Right
+	(BackendState)(0),           // 19: hamesh.v1.BackendState
 }
 var file_hamesh_v1_mesh_service_proto_depIdxs = []int32{
-	6,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
-	6,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
-	11, // 2: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
-	14, // 3: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
-	15, // 4: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
-	7,  // 5: hamesh.v1.Heartbeat.hears:type_name -> hamesh.v1.Hearing
-	8,  // 6: hamesh.v1.Heartbeat.hearsay:type_name -> hamesh.v1.Hearsay
-	9,  // 7: hamesh.v1.Heartbeat.config_parts:type_name -> hamesh.v1.ConfigPart
-	6,  // 8: hamesh.v1.Hearsay.heartbeat:type_name -> hamesh.v1.Heartbeat
-	10, // 9: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
-	16, // 10: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
-	13, // 11: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
-	12, // 12: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
-	17, // 13: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
-	0,  // 14: hamesh.v1.MeshService.Exchange:input_type -> hamesh.v1.ExchangeRequest
-	2,  // 15: hamesh.v1.MeshService.Withdrawn:input_type -> hamesh.v1.WithdrawnRequest
-	4,  // 16: hamesh.v1.MeshService.ShareFlows:input_type -> hamesh.v1.ShareFlowsRequest
-	1,  // 17: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
-	3,  // 18: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
-	5,  // 19: hamesh.v1.MeshService.ShareFlows:output_type -> hamesh.v1.ShareFlowsResponse
-	17, // [17:20] is the sub-list for method output_type
-	14, // [14:17] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	8,  // 0: hamesh.v1.ExchangeRequest.heartbeat:type_name -> hamesh.v1.Heartbeat
+	8,  // 1: hamesh.v1.ExchangeResponse.heartbeat:type_name -> hamesh.v1.Heartbeat
+	4,  // 2: hamesh.v1.RecallFlowsResponse.flows:type_name -> hamesh.v1.ShareFlowsRequest
+	13, // 3: hamesh.v1.Heartbeat.vips:type_name -> hamesh.v1.VipReport
+	16, // 4: hamesh.v1.Heartbeat.backends:type_name -> hamesh.v1.BackendReport
+	17, // 5: hamesh.v1.Heartbeat.role:type_name -> hamesh.v1.Role
+	9,  // 6: hamesh.v1.Heartbeat.hears:type_name -> hamesh.v1.Hearing
+	10, // 7: hamesh.v1.Heartbeat.hearsay:type_name -> hamesh.v1.Hearsay
+	11, // 8: hamesh.v1.Heartbeat.config_parts:type_name -> hamesh.v1.ConfigPart
+	8,  // 9: hamesh.v1.Hearsay.heartbeat:type_name -> hamesh.v1.Heartbeat
+	12, // 10: hamesh.v1.VipReport.record:type_name -> hamesh.v1.Record
+	18, // 11: hamesh.v1.VipReport.right:type_name -> hamesh.v1.Right
+	15, // 12: hamesh.v1.VipReport.grants:type_name -> hamesh.v1.Grant
+	14, // 13: hamesh.v1.VipReport.ask:type_name -> hamesh.v1.Ask
+	19, // 14: hamesh.v1.BackendReport.state:type_name -> hamesh.v1.BackendState
+	0,  // 15: hamesh.v1.MeshService.Exchange:input_type -> hamesh.v1.ExchangeRequest
+	2,  // 16: hamesh.v1.MeshService.Withdrawn:input_type -> hamesh.v1.WithdrawnRequest
+	4,  // 17: hamesh.v1.MeshService.ShareFlows:input_type -> hamesh.v1.ShareFlowsRequest
+	6,  // 18: hamesh.v1.MeshService.RecallFlows:input_type -> hamesh.v1.RecallFlowsRequest
+	1,  // 19: hamesh.v1.MeshService.Exchange:output_type -> hamesh.v1.ExchangeResponse
+	3,  // 20: hamesh.v1.MeshService.Withdrawn:output_type -> hamesh.v1.WithdrawnResponse
+	5,  // 21: hamesh.v1.MeshService.ShareFlows:output_type -> hamesh.v1.ShareFlowsResponse
+	7,  // 22: hamesh.v1.MeshService.RecallFlows:output_type -> hamesh.v1.RecallFlowsResponse
+	19, // [19:23] is the sub-list for method output_type
+	15, // [15:19] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_hamesh_v1_mesh_service_proto_init() }
@@ -1444,14 +1546,14 @@ func file_hamesh_v1_mesh_service_proto_init() {
 		return
 	}
 	file_hamesh_v1_types_proto_init()
-	file_hamesh_v1_mesh_service_proto_msgTypes[7].OneofWrappers = []any{}
+	file_hamesh_v1_mesh_service_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hamesh_v1_mesh_service_proto_rawDesc), len(file_hamesh_v1_mesh_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

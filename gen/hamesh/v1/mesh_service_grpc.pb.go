@@ -19,9 +19,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	MeshService_Exchange_FullMethodName   = "/hamesh.v1.MeshService/Exchange"
-	MeshService_Withdrawn_FullMethodName  = "/hamesh.v1.MeshService/Withdrawn"
-	MeshService_ShareFlows_FullMethodName = "/hamesh.v1.MeshService/ShareFlows"
+	MeshService_Exchange_FullMethodName    = "/hamesh.v1.MeshService/Exchange"
+	MeshService_Withdrawn_FullMethodName   = "/hamesh.v1.MeshService/Withdrawn"
+	MeshService_ShareFlows_FullMethodName  = "/hamesh.v1.MeshService/ShareFlows"
+	MeshService_RecallFlows_FullMethodName = "/hamesh.v1.MeshService/RecallFlows"
 )
 
 // MeshServiceClient is the client API for MeshService service.
@@ -40,6 +41,9 @@ type MeshServiceClient interface {
 	// whoever takes over from a dead caller can tell them. What was said last outlives the
 	// stream.
 	ShareFlows(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ShareFlowsRequest, ShareFlowsResponse], error)
+	// RecallFlows returns what another member has said to the callee of its connections, for
+	// a caller that did not hear that member when it was still there.
+	RecallFlows(ctx context.Context, in *RecallFlowsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RecallFlowsResponse], error)
 }
 
 type meshServiceClient struct {
@@ -86,6 +90,25 @@ func (c *meshServiceClient) ShareFlows(ctx context.Context, opts ...grpc.CallOpt
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type MeshService_ShareFlowsClient = grpc.ClientStreamingClient[ShareFlowsRequest, ShareFlowsResponse]
 
+func (c *meshServiceClient) RecallFlows(ctx context.Context, in *RecallFlowsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RecallFlowsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &MeshService_ServiceDesc.Streams[2], MeshService_RecallFlows_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RecallFlowsRequest, RecallFlowsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type MeshService_RecallFlowsClient = grpc.ServerStreamingClient[RecallFlowsResponse]
+
 // MeshServiceServer is the server API for MeshService service.
 // All implementations must embed UnimplementedMeshServiceServer
 // for forward compatibility.
@@ -102,6 +125,9 @@ type MeshServiceServer interface {
 	// whoever takes over from a dead caller can tell them. What was said last outlives the
 	// stream.
 	ShareFlows(grpc.ClientStreamingServer[ShareFlowsRequest, ShareFlowsResponse]) error
+	// RecallFlows returns what another member has said to the callee of its connections, for
+	// a caller that did not hear that member when it was still there.
+	RecallFlows(*RecallFlowsRequest, grpc.ServerStreamingServer[RecallFlowsResponse]) error
 	mustEmbedUnimplementedMeshServiceServer()
 }
 
@@ -120,6 +146,9 @@ func (UnimplementedMeshServiceServer) Withdrawn(context.Context, *WithdrawnReque
 }
 func (UnimplementedMeshServiceServer) ShareFlows(grpc.ClientStreamingServer[ShareFlowsRequest, ShareFlowsResponse]) error {
 	return status.Error(codes.Unimplemented, "method ShareFlows not implemented")
+}
+func (UnimplementedMeshServiceServer) RecallFlows(*RecallFlowsRequest, grpc.ServerStreamingServer[RecallFlowsResponse]) error {
+	return status.Error(codes.Unimplemented, "method RecallFlows not implemented")
 }
 func (UnimplementedMeshServiceServer) mustEmbedUnimplementedMeshServiceServer() {}
 func (UnimplementedMeshServiceServer) testEmbeddedByValue()                     {}
@@ -174,6 +203,17 @@ func _MeshService_ShareFlows_Handler(srv interface{}, stream grpc.ServerStream) 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type MeshService_ShareFlowsServer = grpc.ClientStreamingServer[ShareFlowsRequest, ShareFlowsResponse]
 
+func _MeshService_RecallFlows_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(RecallFlowsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MeshServiceServer).RecallFlows(m, &grpc.GenericServerStream[RecallFlowsRequest, RecallFlowsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type MeshService_RecallFlowsServer = grpc.ServerStreamingServer[RecallFlowsResponse]
+
 // MeshService_ServiceDesc is the grpc.ServiceDesc for MeshService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -197,6 +237,11 @@ var MeshService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "ShareFlows",
 			Handler:       _MeshService_ShareFlows_Handler,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "RecallFlows",
+			Handler:       _MeshService_RecallFlows_Handler,
+			ServerStreams: true,
 		},
 	},
 	Metadata: "hamesh/v1/mesh_service.proto",
