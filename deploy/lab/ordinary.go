@@ -22,6 +22,8 @@ const (
 
 	// again is an ordinary client's pause after an error.
 	again = 100 * time.Millisecond
+	// spread is the time in which a load's connections are opened.
+	spread = time.Second
 )
 
 // Ordinary is what clients do that are as patient as kubectl, the kubelet and client-go:
@@ -106,6 +108,9 @@ func (c *call) sample() Sample {
 	defer c.line.mu.Unlock()
 	s := c.Sample
 	s.End, s.Connected, s.Backend = time.Now(), c.line.connected, c.line.backend
+	if c.line.lost.After(s.Start) {
+		s.End = c.line.lost
+	}
 	if c.line.local.IsValid() {
 		s.Source, s.Port = c.line.local.Addr(), c.line.local.Port()
 	}
@@ -119,7 +124,27 @@ type line struct {
 	mu        sync.Mutex
 	connected time.Time
 	local     netip.AddrPort
-	backend   string // who has answered over this connection; empty: nobody yet
+	backend   string    // who has answered over this connection; empty: nobody yet
+	lost      time.Time // when the end of the connection was read; zero: not yet
+}
+
+// wire is a connection that notes its end. That is when a client knows: its requests learn of
+// it when this process, which has hundreds of others to tell, comes to them.
+type wire struct {
+	net.Conn
+	line *line
+}
+
+func (w wire) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	if err != nil {
+		w.line.mu.Lock()
+		defer w.line.mu.Unlock()
+		if w.line.lost.IsZero() {
+			w.line.lost = time.Now()
+		}
+	}
+	return n, err
 }
 
 func (o *ordinary) source(index int) (source netip.Addr) {
@@ -140,7 +165,7 @@ func (o *ordinary) newLine(source netip.Addr) *line {
 		// one that is there already.
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			l.mu.Lock()
-			l.connected, l.local, l.backend = time.Time{}, netip.AddrPort{}, ""
+			l.connected, l.local, l.backend, l.lost = time.Time{}, netip.AddrPort{}, "", time.Time{}
 			l.mu.Unlock()
 			conn, err := dialer.DialContext(ctx, network, address)
 			if err != nil {
@@ -152,7 +177,7 @@ func (o *ordinary) newLine(source netip.Addr) *line {
 			if a, ok := conn.LocalAddr().(*net.TCPAddr); ok {
 				l.local = netip.AddrPortFrom(a.AddrPort().Addr().Unmap(), uint16(a.Port))
 			}
-			return conn, nil
+			return wire{conn, l}, nil
 		},
 		TLSClientConfig:     o.trust.Clone(),
 		TLSHandshakeTimeout: 10 * time.Second,
@@ -179,8 +204,9 @@ func (o *ordinary) run(ctx context.Context, asked <-chan struct{}) {
 	keep := func(number int, kind Kind, path string, delay time.Duration) {
 		for i := range number {
 			source := o.source(index)
-			// Not all at one moment, which would come again with every answer.
-			pause := time.Duration(i) * min(max(delay, again), time.Second) / time.Duration(number)
+			// Not all at one moment, which would come again with every answer, and be too much
+			// for a machine that is clients and servers at once.
+			pause := time.Duration(i) * spread / time.Duration(number)
 			index++
 			work.Go(func() { o.keep(ctx, pause, kind, source, path, delay) })
 		}

@@ -24,10 +24,10 @@ const (
 	mostWait = 2 * time.Second
 	// hanging is how long a client waits before all kernels are asked why.
 	hanging = 3 * time.Second
-	warmUp  = 1500 * time.Millisecond // until every client is in the midst of something
-	soon    = 6 * time.Second         // after a fault: who has not learnt of it by now, hangs
-	shown   = 10                      // waits that are printed, of each trial
-	asked   = 3                       // clients whose hanging is diagnosed, after each fault
+	warmUp  = 3 * time.Second // until every client is in the midst of something
+	soon    = 6 * time.Second // after a fault: who has not learnt of it by now, hangs
+	shown   = 10              // waits that are printed, of each trial
+	asked   = 3               // clients whose hanging is diagnosed, after each fault
 )
 
 // bounds are what ordinary clients may see at most; 0: no matter.
