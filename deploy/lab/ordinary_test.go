@@ -58,7 +58,7 @@ func TestOrdinary(t *testing.T) {
 	samples, err := run.Stop()
 	must(t, err)
 
-	if w := lab.Judge(samples, []lab.Fault{{At: killed, Node: node.Name}}, nil, time.Second); w.Connected < 10 || w.Known < time.Millisecond || w.Known > time.Second || w.Unfinished == 0 {
+	if w := lab.Judge(samples, []lab.Fault{{At: killed, Node: node.Name}}, nil, time.Second); w.Connected < 8 || w.Known < time.Millisecond || w.Known > time.Second || w.Unfinished == 0 {
 		t.Errorf("%d were connected and knew after %s, %d unfinished", w.Connected, w.Known, w.Unfinished)
 	}
 	ports := make(map[string]bool)
