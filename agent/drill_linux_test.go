@@ -38,6 +38,18 @@ type drilled struct {
 		Connections, Failed int
 		Failures, Breaks    map[string]int
 		Streams, Broken     int
+		Ordinary            drilledOrdinary
+	}
+	Summary struct{ Ordinary drilledOrdinary }
+}
+
+// drilledOrdinary is what ordinary clients saw.
+type drilledOrdinary struct {
+	OneShot, Kept struct {
+		Requests, Failed   int
+		Failures           map[string]int
+		LongestMs          float64
+		Waited, Unfinished int
 	}
 }
 
@@ -69,6 +81,7 @@ func drill(t *testing.T, m *lab.Mesh, args ...string) (r drilled, exit int, stde
 	}
 	for _, p := range r.Phases {
 		t.Logf("%s from %s to %s: gap %v ms, failed %d of %d %v, broken %d of %d %v, silence %v ms", p.Kind, p.From, p.To, p.GapMs, p.Failed, p.Connections, p.Failures, p.Broken, p.Streams, p.Breaks, p.SilenceMs)
+		t.Logf("ordinary clients: %+v", p.Ordinary)
 	}
 	return r, cmd.ProcessState.ExitCode(), complaint.String()
 }
@@ -85,13 +98,20 @@ func TestDrill(t *testing.T) {
 	}
 	wrong := 0
 	for _, p := range r.Phases {
-		wrong += p.Failed + p.Broken
+		o := p.Ordinary
+		wrong += p.Failed + p.Broken + o.OneShot.Failed + o.OneShot.Waited + o.Kept.Failed + o.Kept.Waited
+		if o.OneShot.Requests < 5 || o.Kept.Requests < 5 {
+			t.Errorf("ordinary clients: %+v", o)
+		}
 		if p.Connections < 10 || p.Streams != 10 || p.MoveMs == nil || *p.MoveMs <= 0 || p.GapMs > 1000 {
 			t.Errorf("%+v", p)
 		}
 	}
 	if wrong > brokenAtMost() || (exit == 0) != (wrong == 0) || (r.Verdict == "passed") != (wrong == 0) {
 		t.Errorf("exit %d, %s, with %d failed or broken: %s", exit, r.Verdict, wrong, stderr)
+	}
+	if o := r.Summary.Ordinary; o.OneShot.Unfinished+o.Kept.Unfinished > 0 {
+		t.Errorf("still unfinished: %+v", o)
 	}
 	if now := owner(t, m); now != home {
 		t.Errorf("the VIP is on %s, and was on %s", now.Name, home.Name)
@@ -146,6 +166,9 @@ func TestDrillCrash(t *testing.T) {
 		if p.Kind != "crash" || p.From == p.To || p.HealthyMs == nil || p.GapMs <= 0 || p.GapMs > 2000 {
 			t.Errorf("%+v", p)
 		}
+	}
+	if o := r.Summary.Ordinary; o.OneShot.Waited+o.Kept.Waited > 0 && !raceDetector {
+		t.Errorf("ordinary clients waited more than 2 s: %+v", o)
 	}
 	if now := owner(t, m); now != home {
 		t.Errorf("the VIP is on %s, and was on %s", now.Name, home.Name)

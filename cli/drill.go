@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -41,9 +42,10 @@ type drill struct {
 	pause  time.Duration
 	within time.Duration
 
-	conn    *grpc.ClientConn
-	traffic *traffic
-	report  drillReport
+	conn     *grpc.ClientConn
+	traffic  *traffic
+	ordinary *ordinary
+	report   drillReport
 }
 
 func (c *command) drillCommand() *cobra.Command {
@@ -56,9 +58,15 @@ connections to the VIP at a fixed rate, asks each for /readyz where HTTPS is spo
 established ones, and meanwhile moves the VIP to the next candidate, or with --crash makes
 its owner's agent stop abruptly. At last the VIP goes back to where it was.
 
-Planned moves fail no connection and break none: the exit status is 1 where one does. A
-crash breaks connections through the owner; the exit status is 1 where its agent is not
-back and the mesh healthy in time.
+That client gives up after 2 s. Beside it are ordinary ones, as kubectl and the kubelet are:
+10 one-shot requests per second and 5 kept HTTP/2 connections, which dial for 30 s, wait for
+an answer as long as TCP does, and never try a request again. A table of its own says how
+long they waited. They end 3 s after the drill: what still waits then is unfinished. Where no
+HTTPS is spoken, the one-shots connect only, and no connection is kept.
+
+Planned moves fail no connection, break none, and make no ordinary client wait more than
+2 s: the exit status is 1 where one does. A crash breaks connections through the owner; the
+exit status is 1 where its agent is not back and the mesh healthy in time.
 
 Run it where clients are: connections of the candidates themselves do not outlive moves.
 Nothing is touched unless the mesh is healthy. --timeout bounds each order.`,
@@ -113,16 +121,15 @@ func (d *drill) do(ctx context.Context) (err error) {
 		return err
 	}
 	running, stop := context.WithCancel(ctx)
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		d.traffic.run(running)
-	}()
+	var clients sync.WaitGroup
+	clients.Go(func() { d.traffic.run(running) })
+	clients.Go(func() { d.ordinary.run(running) })
 	wrong := d.repeat(ctx, home)
 	stop()
-	<-stopped
+	clients.Wait()
 	d.report.count(d.traffic.done)
 	d.report.Summary.Late = d.traffic.late
+	d.report.countOrdinary(d.ordinary.done, d.ordinary.late)
 	d.report.conclude(wrong)
 	if done, err := d.plain(d.report); err != nil {
 		return err
@@ -180,6 +187,7 @@ func (d *drill) prepare(ctx context.Context, s *hameshv1.GetStatusResponse) (hom
 	if d.traffic.https {
 		d.report.Speaks = "https"
 	}
+	d.ordinary = &ordinary{address: d.report.Address, https: d.traffic.https, grace: ordinaryGrace, atOnce: ordinaryAtOnce}
 	return vip.GetOwner(), nil
 }
 

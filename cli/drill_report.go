@@ -32,8 +32,9 @@ type drillReport struct {
 	Rate       int          `json:"rate"` // new connections per second
 	Phases     []drillPhase `json:"phases"`
 	Summary    drillSummary `json:"summary"`
-	// Verdict is "passed", or "failed": a planned move failed connections or broke streams,
-	// or the drill did not come to its end.
+	// Verdict is "passed", or "failed": a planned move failed connections, ordinary requests
+	// included, broke streams, or made an ordinary client wait more than 2 s; or the drill did
+	// not come to its end.
 	Verdict string `json:"verdict"`
 	Reason  string `json:"reason"` // of the verdict, for people
 }
@@ -63,8 +64,60 @@ type drillPhase struct {
 	Breaks      map[string]int `json:"breaks"` // by cause
 	// SilenceMs is the longest time in which a stream that speaks, every 200, got no answer.
 	SilenceMs float64 `json:"silenceMs"`
+	// Ordinary is of the requests under way in the phase, and in none before it.
+	Ordinary ordinaryReport `json:"ordinary"`
 
 	from, to time.Time
+}
+
+// ordinaryReport is what ordinary clients saw: they dial for 30 s, wait for an answer as long
+// as TCP does, and never try a request again.
+type ordinaryReport struct {
+	OneShot ordinaryWaits `json:"oneShot"` // a new connection each, 10 per second
+	// Kept is one request after the other on 5 connections; none where only TCP is spoken. One
+	// that breaks between two requests is no failure: the next request opens another.
+	Kept ordinaryWaits `json:"kept"`
+}
+
+func (r *ordinaryReport) add(q request) {
+	if q.kept {
+		r.Kept.add(q)
+	} else {
+		r.OneShot.add(q)
+	}
+}
+
+func (r *ordinaryReport) failed() int { return r.OneShot.Failed + r.Kept.Failed }
+func (r *ordinaryReport) waited() int { return r.OneShot.Waited + r.Kept.Waited }
+
+type ordinaryWaits struct {
+	Requests int            `json:"requests"` // failed and unfinished ones included
+	Failed   int            `json:"failed"`
+	Failures map[string]int `json:"failures"` // by cause
+	// LongestMs is the longest time until an answer or an error, or to the end.
+	LongestMs  float64 `json:"longestMs"`
+	Waited     int     `json:"waited"`     // more than 2 s, failed and unfinished ones included
+	Unfinished int     `json:"unfinished"` // still without answer or error 3 s after the drill
+}
+
+func (w *ordinaryWaits) add(q request) {
+	w.Requests++
+	if q.cause != "" {
+		w.Failed++
+		w.Failures[q.cause]++
+	}
+	took := q.ended.Sub(q.begun)
+	w.LongestMs = max(w.LongestMs, ms(took))
+	if took > patience {
+		w.Waited++
+	}
+	if q.unfinished {
+		w.Unfinished++
+	}
+}
+
+func newOrdinaryReport() ordinaryReport {
+	return ordinaryReport{OneShot: ordinaryWaits{Failures: map[string]int{}}, Kept: ordinaryWaits{Failures: map[string]int{}}}
 }
 
 // began says whether the connection began in the phase.
@@ -85,6 +138,15 @@ type drillSummary struct {
 	FailedOutside int `json:"failedOutside"`
 	// Late counts connections that were left out, because too many were under way.
 	Late int `json:"late"`
+	// Ordinary is over the whole drill, also while nothing moved; its last two fields are as
+	// FailedOutside and Late.
+	Ordinary ordinarySummary `json:"ordinary"`
+}
+
+type ordinarySummary struct {
+	ordinaryReport
+	FailedOutside int `json:"failedOutside"`
+	Late          int `json:"late"`
 }
 
 // quantiles are of the nearest rank: each is one of the values.
@@ -141,15 +203,36 @@ func (r *drillReport) count(knocks []knock) {
 	}
 }
 
+// countOrdinary adds each request to the phase that it met first, and to the summary.
+func (r *drillReport) countOrdinary(requests []request, late int) {
+	all := &r.Summary.Ordinary
+	all.ordinaryReport, all.Late = newOrdinaryReport(), late
+	for i := range r.Phases {
+		r.Phases[i].Ordinary = newOrdinaryReport()
+	}
+	for _, q := range requests {
+		all.add(q)
+		// Not where it began: what waits when the order is given waits because of it.
+		met := slices.IndexFunc(r.Phases, func(p drillPhase) bool { return q.begun.Before(p.to) && q.ended.After(p.from) })
+		switch {
+		case met >= 0:
+			r.Phases[met].Ordinary.add(q)
+		case q.cause != "":
+			all.FailedOutside++
+		}
+	}
+}
+
 // conclude makes summary and verdict; wrong is why the drill did not come to its end.
 func (r *drillReport) conclude(wrong error) {
 	var moves, healthy, gaps []float64
-	promised := 0 // what broke though planned moves break nothing
+	promised, waited := 0, 0 // what broke though planned moves break nothing, and who waited
 	for _, p := range r.Phases {
 		s := &r.Summary
 		s.Connections, s.Failed, s.Streams, s.Broken = s.Connections+p.Connections, s.Failed+p.Failed, s.Streams+p.Streams, s.Broken+p.Broken
 		if p.Kind != "crash" {
-			promised += p.Failed + p.Broken
+			promised += p.Failed + p.Broken + p.Ordinary.failed()
+			waited += p.Ordinary.waited()
 		}
 		if p.Kind == "return" {
 			continue
@@ -170,6 +253,11 @@ func (r *drillReport) conclude(wrong error) {
 		r.Verdict, r.Reason = "failed", wrong.Error()
 	case promised > 0 && r.MeasuredOn == "":
 		r.Verdict, r.Reason = "failed", fmt.Sprintf("planned moves failed or broke %d connections", promised)
+		if waited > 0 {
+			r.Reason += fmt.Sprintf(", and made %d ordinary requests wait more than %s", waited, patience)
+		}
+	case waited > 0 && r.MeasuredOn == "":
+		r.Verdict, r.Reason = "failed", fmt.Sprintf("planned moves made %d ordinary requests wait more than %s", waited, patience)
 	case r.MeasuredOn != "":
 		r.Reason = "measured on " + r.MeasuredOn + ", a candidate, whose own connections do not outlive moves: run it on another machine"
 	case r.Kind == "crash":
@@ -207,7 +295,15 @@ func (v view) drill(r *drillReport) string {
 		}
 		out.WriteString(rows.render() + "\n\n")
 	}
-	if n := r.Summary.FailedOutside; n > 0 {
+	out.WriteString(v.ordinary(r) + "\n\n")
+	if n := r.Summary.Ordinary.waited(); n > 0 {
+		fmt.Fprintf(&out, "%s ordinary requests waited more than %s", v.bad(n), patience)
+		if n := r.Summary.Ordinary.OneShot.Unfinished + r.Summary.Ordinary.Kept.Unfinished; n > 0 {
+			fmt.Fprintf(&out, ", %s of them still at the end", v.bad(n))
+		}
+		out.WriteString("\n")
+	}
+	if n := r.Summary.FailedOutside + r.Summary.Ordinary.FailedOutside; n > 0 {
 		fmt.Fprintf(&out, "%s connections failed while nothing moved: see hactl doctor\n", v.bad(n))
 	}
 	colour := text.FgGreen
@@ -216,6 +312,29 @@ func (v view) drill(r *drillReport) string {
 	}
 	fmt.Fprintf(&out, "%s: %s\n", v.paint(r.Verdict, colour), r.Reason)
 	return out.String()
+}
+
+// ordinary prints what ordinary clients saw in the whole drill, and with -o wide in each phase.
+func (v view) ordinary(r *drillReport) string {
+	waits := newRows().extend(v.wide, "PHASE").
+		extend(true, "ORDINARY CLIENTS", "REQUESTS", "FAILED", "FAILURES", "LONGEST WAIT", "OVER "+strings.ToUpper(patience.String()), "UNFINISHED")
+	add := func(phase string, o *ordinaryReport) {
+		row := func(name string, w *ordinaryWaits) {
+			waits.add().extend(v.wide, phase).
+				extend(true, name, fmt.Sprint(w.Requests), v.bad(w.Failed), counts(w.Failures), span(&w.LongestMs), v.bad(w.Waited), v.bad(w.Unfinished))
+		}
+		row(fmt.Sprintf("one-shot, %d/s", ordinaryRate), &o.OneShot)
+		if r.Speaks == "https" {
+			row(fmt.Sprintf("%d kept connections", ordinaryKept), &o.Kept)
+		}
+	}
+	if v.wide {
+		for i := range r.Phases {
+			add(fmt.Sprintf("%d %s", i+1, r.Phases[i].Kind), &r.Phases[i].Ordinary)
+		}
+	}
+	add("whole drill", &r.Summary.Ordinary.ordinaryReport)
+	return waits.render()
 }
 
 // bad is a number that should be 0.

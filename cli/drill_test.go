@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -119,12 +120,24 @@ type apiServer struct {
 	conns map[net.Conn]bool
 	// refuse: reset whoever connects.
 	refuse atomic.Bool
+	// hang: answer nobody; those who asked meanwhile are left without an answer for ever.
+	hang atomic.Bool
+	asks map[string]int // by the protocol and the client's address
 }
 
 func newAPIServer(t *testing.T) *apiServer {
 	t.Helper()
-	a := &apiServer{conns: map[net.Conn]bool{}}
-	a.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok") }))
+	a := &apiServer{conns: map[net.Conn]bool{}, asks: map[string]int{}}
+	a.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a.mu.Lock()
+		a.asks[r.Proto+" "+r.RemoteAddr]++
+		a.mu.Unlock()
+		if a.hang.Load() {
+			<-r.Context().Done()
+		}
+		fmt.Fprint(w, "ok")
+	}))
+	a.EnableHTTP2 = true
 	a.Config.ErrorLog = log.New(io.Discard, "", 0)
 	a.Config.ConnState = func(c net.Conn, state http.ConnState) {
 		a.mu.Lock()
@@ -157,6 +170,25 @@ func (a *apiServer) breakAll() {
 			reset(c)
 		}
 	}
+}
+
+// asked is how often who has asked.
+func (a *apiServer) asked() map[string]int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return maps.Clone(a.asks)
+}
+
+// open is how many connections are open.
+func (a *apiServer) open() (n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, open := range a.conns {
+		if open {
+			n++
+		}
+	}
+	return n
 }
 
 func (a *apiServer) port() int { return a.Listener.Addr().(*net.TCPAddr).Port }
@@ -192,6 +224,12 @@ func TestDrillMoves(t *testing.T) {
 		if p.SilenceMs < 150 {
 			t.Errorf("streams that speak every 200 ms heard something after %v", p.SilenceMs)
 		}
+		if o := p.Ordinary; o.OneShot.Requests == 0 || o.Kept.Requests == 0 || o.failed() > 0 || o.waited() > 0 || o.OneShot.LongestMs <= 0 || o.Kept.LongestMs <= 0 {
+			t.Errorf("ordinary clients: %+v", o)
+		}
+	}
+	if s := r.Summary.Ordinary; s.OneShot.Requests <= r.Phases[0].Ordinary.OneShot.Requests || s.Kept.Requests <= r.Phases[0].Ordinary.Kept.Requests || s.FailedOutside+s.Late > 0 {
+		t.Errorf("ordinary clients: %+v", s)
 	}
 	if q := r.Summary.MoveMs; q == nil || q.Min != 44 || q.Max != 44 || r.Summary.GapMs == nil || r.Summary.HealthyMs != nil {
 		t.Errorf("%+v", r.Summary)
@@ -242,6 +280,207 @@ func TestDrillOfPlainTCP(t *testing.T) {
 	r := drillOf(t, newDrilled(listener.Addr().(*net.TCPAddr).Port), exitDone)
 	if p := r.Phases[0]; r.Speaks != "tcp" || p.Connections < 5 || p.Failed > 0 || p.Broken > 0 || p.Streams != 10 {
 		t.Errorf("%+v", r)
+	}
+	if o := r.Summary.Ordinary; o.OneShot.Requests == 0 || o.failed()+o.waited() > 0 || o.Kept.Requests > 0 {
+		t.Errorf("ordinary clients: %+v", o)
+	}
+}
+
+// ordinaryOf runs ordinary clients for a second, then does what is next, and returns what they
+// saw, and how long they went on.
+func ordinaryOf(t *testing.T, o *ordinary, next func()) (seen ordinaryReport, after time.Duration) {
+	t.Helper()
+	o.https = true
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		o.run(ctx)
+	}()
+	time.Sleep(time.Second)
+	stop()
+	stopped := time.Now()
+	next()
+	<-ended
+	seen = newOrdinaryReport()
+	for _, q := range o.done {
+		seen.add(q)
+	}
+	return seen, time.Since(stopped)
+}
+
+// A one-shot has a connection of its own, which ends with it; the kept ones have five.
+func TestOrdinaryClients(t *testing.T) {
+	api := newAPIServer(t)
+	seen, _ := ordinaryOf(t, &ordinary{address: api.Listener.Addr().String(), grace: time.Minute, atOnce: ordinaryAtOnce}, func() {})
+	once, more := 0, 0
+	for who, n := range api.asked() {
+		switch {
+		case !strings.HasPrefix(who, "HTTP/2.0 "):
+			t.Errorf("%s is not HTTP/2", who)
+		case n == 1:
+			once++
+		default:
+			more++
+		}
+	}
+	if seen.failed()+seen.waited() > 0 || once == 0 || once != seen.OneShot.Requests || more != ordinaryKept || seen.Kept.Requests < 2*ordinaryKept {
+		t.Errorf("%d connections with one request, %d with more: %+v", once, more, seen)
+	}
+	// The server hears of the last ones a little later.
+	for limit := time.Now().Add(5 * time.Second); api.open() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatalf("%d connections are still open", api.open())
+		}
+	}
+}
+
+// What is never answered ends with the grace, and is no failure; what ends within it is
+// waited for.
+func TestOrdinaryClientsEnd(t *testing.T) {
+	const grace = 500 * time.Millisecond
+	api := newAPIServer(t)
+	api.hang.Store(true)
+	seen, after := ordinaryOf(t, &ordinary{address: api.Listener.Addr().String(), grace: grace, atOnce: ordinaryAtOnce}, func() {})
+	if after < grace || after > grace+2*time.Second {
+		t.Errorf("ended after %v", after)
+	}
+	if o := seen.OneShot; o.Unfinished == 0 || o.Unfinished != o.Requests || o.Failed > 0 || o.LongestMs < ms(grace) {
+		t.Errorf("one-shot: %+v", o)
+	}
+	if k := seen.Kept; k.Unfinished != ordinaryKept || k.Requests != ordinaryKept || k.Failed > 0 || k.LongestMs < ms(grace) {
+		t.Errorf("kept: %+v", k)
+	}
+	api = newAPIServer(t)
+	api.hang.Store(true)
+	seen, after = ordinaryOf(t, &ordinary{address: api.Listener.Addr().String(), grace: time.Minute, atOnce: ordinaryAtOnce}, func() {
+		time.Sleep(500 * time.Millisecond) // the last one-shot has connected
+		api.breakAll()
+	})
+	if after > 30*time.Second || seen.OneShot.Unfinished+seen.Kept.Unfinished > 0 || seen.Kept.Failures[causeReset] != ordinaryKept {
+		t.Errorf("ended after %v: %+v", after, seen)
+	}
+}
+
+// A server that does not answer is not asked by more and more clients.
+func TestOrdinaryClientsAreBounded(t *testing.T) {
+	api := newAPIServer(t)
+	api.hang.Store(true)
+	o := &ordinary{address: api.Listener.Addr().String(), grace: time.Millisecond, atOnce: 2}
+	if seen, _ := ordinaryOf(t, o, func() {}); seen.OneShot.Requests != 2 || o.late == 0 {
+		t.Errorf("%d left out: %+v", o.late, seen.OneShot)
+	}
+}
+
+// Whoever is refused tries nothing again, and the next one comes in its time.
+func TestOrdinaryClientsRefused(t *testing.T) {
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	seen, _ := ordinaryOf(t, &ordinary{address: closed.Addr().String(), grace: time.Minute, atOnce: ordinaryAtOnce}, func() {})
+	for _, test := range []struct {
+		name string
+		of   ordinaryWaits
+		most int
+	}{{"one-shot", seen.OneShot, 2 * ordinaryRate}, {"kept", seen.Kept, 2 * ordinaryKept * int(time.Second/ordinaryAgain)}} {
+		if w := test.of; w.Requests == 0 || w.Requests > test.most || w.Failures[causeRefused] != w.Requests || w.Unfinished > 0 {
+			t.Errorf("%s: %+v", test.name, w)
+		}
+	}
+}
+
+// HTTP/2 has two errors that net/http only puts into words.
+func TestCausesOfHTTP2(t *testing.T) {
+	unanswered := func(transport *http.Transport, end func(*apiServer)) error {
+		api := newAPIServer(t)
+		api.hang.Store(true)
+		o := &ordinary{address: api.Listener.Addr().String(), https: true}
+		got := make(chan error, 1)
+		go func() { got <- o.get(t.Context(), transport) }()
+		for len(got) == 0 && len(api.asked()) == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		end(api)
+		return <-got
+	}
+	err := unanswered(ordinaryTransport(), func(a *apiServer) {
+		go func() { _ = a.Config.Shutdown(t.Context()) }() // says at once that it goes away
+		time.Sleep(500 * time.Millisecond)
+		a.breakAll()
+	})
+	if err == nil || cause(err) != causeClosed {
+		t.Errorf("who went away: %v", err)
+	}
+
+	var deaf atomic.Bool
+	silent := ordinaryTransport()
+	silent.HTTP2.SendPingTimeout, silent.HTTP2.PingTimeout = 300*time.Millisecond, 300*time.Millisecond
+	silent.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := ordinaryDialer.DialContext(ctx, network, address)
+		return &deafConn{conn, &deaf}, err
+	}
+	if err := unanswered(silent, func(*apiServer) { deaf.Store(true) }); err == nil || cause(err) != causeTimedOut {
+		t.Errorf("who answered no ping: %v", err)
+	}
+}
+
+// deafConn loses all that comes once it is deaf.
+type deafConn struct {
+	net.Conn
+	deaf *atomic.Bool
+}
+
+func (c *deafConn) Read(p []byte) (int, error) {
+	for {
+		n, err := c.Conn.Read(p)
+		if err != nil || !c.deaf.Load() {
+			return n, err
+		}
+	}
+}
+
+// A request is of the first phase that it met, and what waits too long in a planned move
+// fails the drill as what breaks does.
+func TestDrillJudgesOrdinaryClients(t *testing.T) {
+	at := func(ms int) time.Time { return now.Add(time.Duration(ms) * time.Millisecond) }
+	quick := request{begun: at(100), ended: at(105)}
+	waited := request{begun: at(-10), ended: at(3500), kept: true} // until long after the second phase has begun
+	unfinished := request{begun: at(100), ended: at(9000), unfinished: true}
+	failed := request{begun: at(200), ended: at(210), cause: causeReset}
+	outside := request{begun: at(-500), ended: at(-490), cause: causeReset}
+	for name, test := range map[string]struct {
+		kind, on string
+		requests []request
+		verdict  string
+		reason   string
+		first    int // requests of the first phase
+	}{
+		"well":                   {"move", "", []request{quick, quick}, "passed", "no connection failed, no stream broke", 2},
+		"waited":                 {"move", "", []request{quick, waited}, "failed", "planned moves made 1 ordinary requests wait more than 2s", 2},
+		"unfinished":             {"move", "", []request{unfinished}, "failed", "planned moves made 1 ordinary requests wait more than 2s", 1},
+		"failed":                 {"move", "", []request{failed}, "failed", "planned moves failed or broke 1 connections", 1},
+		"failed and waited":      {"move", "", []request{failed, waited}, "failed", "planned moves failed or broke 1 connections, and made 1 ordinary requests wait more than 2s", 2},
+		"failed outside":         {"move", "", []request{outside}, "passed", "no connection failed, no stream broke", 0},
+		"waited in a crash":      {"crash", "", []request{failed, waited, unfinished}, "passed", "every agent came back, and the mesh is healthy", 3},
+		"measured on candidates": {"move", "cp-1", []request{failed, waited}, "passed", "measured on cp-1, a candidate, whose own connections do not outlive moves: run it on another machine", 2},
+	} {
+		r := &drillReport{Kind: test.kind, MeasuredOn: test.on, Phases: []drillPhase{
+			{Kind: test.kind, from: at(0), to: at(2000)}, {Kind: "return", from: at(3000), to: at(5000)}}}
+		r.countOrdinary(test.requests, 0)
+		r.conclude(nil)
+		if r.Verdict != test.verdict || r.Reason != test.reason {
+			t.Errorf("%s: %s, %s", name, r.Verdict, r.Reason)
+		}
+		first, second, all := r.Phases[0].Ordinary, r.Phases[1].Ordinary, r.Summary.Ordinary
+		if n := first.OneShot.Requests + first.Kept.Requests; n != test.first || second.OneShot.Requests+second.Kept.Requests > 0 {
+			t.Errorf("%s: %+v, then %+v", name, first, second)
+		}
+		if n := all.OneShot.Requests + all.Kept.Requests; n != len(test.requests) || all.FailedOutside != n-test.first {
+			t.Errorf("%s: %+v", name, all)
+		}
 	}
 }
 
@@ -380,6 +619,23 @@ func fixedDrill(kind string) *drillReport {
 		knocks = append(knocks, knock{begun: now.Add(-time.Second), ended: now.Add(-time.Second), cause: causeReset})
 	}
 	r.count(knocks)
+	var requests []request
+	for at := -2 * time.Second; at < 6*time.Second; at += 20 * time.Millisecond {
+		if at%(40*time.Millisecond) == 0 {
+			requests = append(requests, request{begun: now.Add(at), ended: now.Add(at + 2*time.Millisecond), kept: true})
+		}
+		if at%(100*time.Millisecond) == 0 {
+			requests = append(requests, request{begun: now.Add(at), ended: now.Add(at + 5*time.Millisecond)})
+		}
+	}
+	if kind == "crash" {
+		requests = append(requests,
+			request{begun: now.Add(-time.Second), ended: now.Add(-time.Second), cause: causeReset},
+			request{begun: now.Add(10 * time.Millisecond), ended: now.Add(3 * time.Second)},
+			request{begun: now.Add(20 * time.Millisecond), ended: now.Add(240 * time.Millisecond), kept: true, cause: causeReset},
+			request{begun: now.Add(2100 * time.Millisecond), ended: now.Add(9 * time.Second), kept: true, unfinished: true})
+	}
+	r.countOrdinary(requests, 0)
 	r.conclude(nil)
 	return r
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -62,6 +63,14 @@ func cause(err error) string {
 	var timeout net.Error
 	if errors.As(err, &timeout) && timeout.Timeout() {
 		return causeTimedOut
+	}
+	// net/http gives these two of HTTP/2 no value to compare with: nobody answered a ping, and
+	// the other side closed after it had said that it would.
+	switch said := err.Error(); {
+	case strings.Contains(said, "http2: client connection lost"):
+		return causeTimedOut
+	case strings.Contains(said, "http2: server sent GOAWAY and closed the connection"):
+		return causeClosed
 	}
 	return causeOther
 }
