@@ -56,7 +56,7 @@ const (
 	// aloneEvery is how often the only member of a mesh reads its store.
 	aloneEvery = time.Second
 	// keptBy is how long after a change of owner the one before keeps its connections at the
-	// latest, if it does: it takes the address off before, which has half of S, see handing.
+	// latest, if it does, or S where that is longer: see handing.patience, half of it.
 	keptBy = 500 * time.Millisecond
 	// changesKept is how many changes may wait for a slow log; more are not logged.
 	changesKept = 1024
@@ -423,7 +423,7 @@ func (a *Agent) start() {
 		a.task("flows", a.flows.run)
 	}
 	for member, l := range a.links {
-		a.task("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l) })
+		a.act("flows for "+member, func(ctx context.Context) error { return a.flows.share(ctx, l) })
 		a.task("events of "+member, func(ctx context.Context) error { return a.events.follow(ctx, member, l) })
 	}
 	for _, s := range a.services {
@@ -574,7 +574,6 @@ func (a *Agent) complete(h *hameshv1.Heartbeat) *hameshv1.Heartbeat {
 // Heartbeat implements server.MeshPeer.
 func (a *Agent) Heartbeat(ctx context.Context, from string, h *hameshv1.Heartbeat) (*hameshv1.ExchangeResponse, error) {
 	a.metrics.Received.WithLabelValues(from).Inc()
-	a.words.hear(h)
 	reply, ok := a.loop.answer(ctx, ownership.HeartbeatReceived{Heartbeat: fromProto(h)})
 	a.hearing.put(h)
 	if !ok {
@@ -592,13 +591,13 @@ func (a *Agent) acked(from string, ack *hameshv1.ExchangeResponse, took time.Dur
 		a.log.Warn("an ack speaks for somebody else", "peer", from, "member", ack.GetHeartbeat().GetMember())
 		return
 	}
-	a.words.hear(ack.GetHeartbeat())
 	a.loop.post(a.ctx, ownership.HeartbeatReceived{Heartbeat: ackFromProto(ack)})
 	a.hearing.put(ack.GetHeartbeat())
 }
 
 // heard takes what a heartbeat says beside the ownership protocol.
 func (a *Agent) heard(h *hameshv1.Heartbeat) {
+	a.words.hear(h)
 	if a.board.hear(h) {
 		poke(a.flows.wake)
 	}
@@ -806,7 +805,7 @@ func (a *Agent) endStranded(name string) {
 	select {
 	case <-a.ctx.Done():
 		return
-	case <-time.After(keptBy): // one that is given away in order is kept by then
+	case <-time.After(max(keptBy, a.cfg.Timing.SuspectAfter)): // one that is given away in order is kept by then
 	}
 	n, err := handover.EndStranded(a.vip(name).Address)
 	switch {

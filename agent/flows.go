@@ -183,6 +183,8 @@ func (a *Agent) watchFlows() {
 func (f *flows) run(ctx context.Context) error {
 	tick := time.NewTicker(flowsIdle)
 	defer tick.Stop()
+	forget := time.NewTicker(flowsBereaved)
+	defer forget.Stop()
 	pace := time.NewTimer(0)
 	defer pace.Stop()
 	var group sync.WaitGroup
@@ -200,6 +202,8 @@ func (f *flows) run(ctx context.Context) error {
 			for _, n := range f.bereaved() {
 				group.Go(func() { f.notify(ctx, n) })
 			}
+		case <-forget.C:
+			poke(f.wake)
 		case <-pace.C:
 		case <-news:
 			f.account()
@@ -264,8 +268,9 @@ func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 
 // lose notes a client that has to be told that its connection has gone; f.mu is held.
 func (f *flows) lose(w through, client netip.AddrPort) {
-	if f.lost.flows[w] == nil {
+	if len(f.lost.flows[w]) == 0 {
 		f.lost.flows[w] = clients{}
+		delete(f.lost.ended, w) // it begins now
 	}
 	f.lost.flows[w][client] = struct{}{}
 	f.lost.told[w] = false
@@ -488,6 +493,9 @@ func (f *flows) hear(member string, m *hameshv1.ShareFlowsRequest) {
 	}
 	t.told[w] = false
 	delete(t.ended, w)
+	if len(m.GetOpened()) > 0 && !f.serves(member, w.vip) {
+		poke(f.wake) // it tells of them late
+	}
 	for c := range unpack(m.GetClosed(), vip) {
 		delete(t.flows[w], c)
 	}
@@ -504,7 +512,10 @@ func (f *flows) took(vip string, gen uint64) {
 	f.takenMu.Lock()
 	defer f.takenMu.Unlock()
 	if h := f.taken[vip]; !h.on || h.gen != gen {
-		h.on, h.gen, h.putOn = true, gen, time.Now()
+		if !h.on {
+			h.putOn = time.Now()
+		}
+		h.on, h.gen = true, gen
 		f.taken[vip] = h
 		poke(f.wake)
 	}
@@ -662,7 +673,7 @@ func (f *flows) notify(ctx context.Context, n news) {
 			poke(f.wake) // it may be back already
 		}
 	}()
-	f.log.Info("telling clients that who served them is gone", "vip", n.vip, "peer", n.member, "connections", len(n.clients))
+	f.log.Info("telling clients that their connections are gone", "vip", n.vip, "served by", n.member, "connections", len(n.clients))
 	begun := time.Now()
 	for _, at := range tellAt {
 		select {

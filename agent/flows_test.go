@@ -382,3 +382,28 @@ func TestClientsLostMeanwhileAreTold(t *testing.T) {
 		t.Errorf("told again are %v", got)
 	}
 }
+
+// So are those that are lost long after others were.
+func TestClientsAreLostAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, _ := testFlows("cp-1")
+		for i := range 3 {
+			f.took("v4", uint64(i+1))
+			time.Sleep(2 * flowsBereaved)
+			client := netip.AddrPortFrom(netip.MustParseAddr("10.77.0.50"), uint16(4000+i))
+			see(f, client)
+			f.gave("v4")
+			w := through{"v4", 16443}
+			f.changed(16443, []proxy.Flow{{Client: client, Local: flowVIP, At: time.Now(), ID: f.mine[w][client]}}, nil)
+			f.bereaved()
+			time.Sleep(time.Second)
+			f.took("v4", uint64(i+10))
+			all := f.bereaved()
+			if len(all) != 1 || !slices.Equal(all[0].clients, []netip.AddrPort{client}) {
+				t.Fatalf("time %d: to be told are %v", i+1, all)
+			}
+			f.tell = func(context.Context, netip.AddrPort, []netip.AddrPort) error { return nil }
+			f.notify(t.Context(), all[0])
+		}
+	})
+}

@@ -41,7 +41,7 @@ type moves struct {
 
 	mu     sync.Mutex
 	byID   map[string]*order
-	byNum  map[uint64]*order // those given to the loop
+	byNum  map[uint64]*attempt // those given to the loop
 	nextID uint64
 }
 
@@ -51,16 +51,21 @@ type order struct {
 	by      string   // who wants it
 	visited []string // the members that have passed it on; none: it was asked for here
 	begun   time.Time
-	ended   time.Time  // zero: not yet
-	given   chan error // gets how it went with the loop; room for one
+	ended   time.Time // zero: not yet
 
 	told    []*hameshv1.MoveVipResponse
 	err     error
 	changed chan struct{} // closed and replaced at each change
 }
 
+// attempt is an order that the loop has, for this time.
+type attempt struct {
+	order *order
+	last  chan ownership.MoveProgress // gets the last phase; room for one
+}
+
 func newMoves(a *Agent) *moves {
-	return &moves{agent: a, byID: map[string]*order{}, byNum: map[uint64]*order{}}
+	return &moves{agent: a, byID: map[string]*order{}, byNum: map[uint64]*attempt{}}
 }
 
 // refusals maps what the ownership machine says to what the API says.
@@ -136,7 +141,7 @@ func (m *moves) take(request *hameshv1.MoveVipRequest, by string, visited []stri
 	m.forget()
 	request = proto.CloneOf(request)
 	request.RequestId = id
-	o := &order{request: request, by: by, visited: visited, begun: time.Now(), given: make(chan error, 1), changed: make(chan struct{})}
+	o := &order{request: request, by: by, visited: visited, begun: time.Now(), changed: make(chan struct{})}
 	m.byID[id] = o
 	m.agent.group.Go(func() error {
 		if len(visited) == 0 { // else told by the member that was asked
@@ -227,16 +232,24 @@ func (m *moves) attempt(ctx context.Context, o *order, v ownership.VIPView) erro
 func (m *moves) give(ctx context.Context, o *order) error {
 	m.mu.Lock()
 	m.nextID++
-	id := m.nextID
-	m.byNum[id] = o
+	id, mine := m.nextID, &attempt{order: o, last: make(chan ownership.MoveProgress, 1)}
+	m.byNum[id] = mine
 	m.mu.Unlock()
+	defer func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.byNum, id)
+	}()
 	m.agent.loop.post(ctx, ownership.MoveOrder{ID: id, Request: o.request.GetRequestId(), VIP: o.request.GetVip(), To: o.request.GetTo()})
 	look := time.NewTicker(moveLook)
 	defer look.Stop()
 	for {
 		select {
-		case err := <-o.given:
-			return err
+		case p := <-mine.last:
+			if p.Phase == ownership.Failed {
+				return m.refusal(p)
+			}
+			return nil
 		case <-ctx.Done():
 			return fmt.Errorf("this agent is stopping: %w", server.ErrMoveFailed)
 		case <-look.C:
@@ -323,42 +336,31 @@ func (m *moves) passOn(ctx context.Context, o *order, owner string) error {
 // progress takes a phase from the loop. It does not block.
 func (m *moves) progress(p ownership.MoveProgress) {
 	m.mu.Lock()
-	o := m.byNum[p.ID]
+	to := m.byNum[p.ID]
 	m.mu.Unlock()
-	if o == nil {
-		return
+	if to == nil {
+		return // nobody waits any more
 	}
-	if p.Phase == ownership.Failed {
-		o.settle(m.refusal(p))
-	} else {
+	if p.Phase != ownership.Failed {
 		said := &hameshv1.MoveVipResponse{
 			Phase: phases[p.Phase], Vip: p.VIP, From: p.From, To: p.To, Changed: true, Epoch: p.Epoch,
-			Elapsed: durationpb.New(time.Since(o.begun)),
+			Elapsed: durationpb.New(time.Since(to.order.begun)),
 		}
-		m.tell(o, said)
+		m.tell(to.order, said)
 		if p.Phase == ownership.Accepted {
 			// The machine takes an order only where the target says, in a heartbeat no
 			// older than S, that it is ready and its data path works.
 			ready := proto.CloneOf(said)
 			ready.Phase = hameshv1.MovePhase_MOVE_PHASE_READY
-			m.tell(o, ready)
+			m.tell(to.order, ready)
 		}
 		if p.Phase != ownership.HeldByTarget {
 			return
 		}
-		o.settle(nil)
 	}
-	m.mu.Lock()
-	delete(m.byNum, p.ID)
-	m.mu.Unlock()
-}
-
-// settle says how an order went with the loop. It does not block: what nobody waits for any
-// more is of no interest.
-func (o *order) settle(err error) {
 	select {
-	case o.given <- err:
-	default:
+	case to.last <- p:
+	default: // a last phase comes once
 	}
 }
 

@@ -68,7 +68,7 @@ func (a *Agent) samples() (all []metrics.Sample) {
 	gauge(metrics.HeartbeatHearsay, "Words of other members that were passed on in it.", float64(len(sent.GetHearsay())))
 	for _, l := range a.words.view().Links {
 		if l.Heard >= 0 {
-			gauge(metrics.LinkHeard, "Since when the member at the end of a link has not heard the one at its beginning, by this member's knowledge.", l.Heard.Seconds(), "from", l.From, "to", l.To)
+			gauge(metrics.LinkHeard, "Seconds since the member at the end of a link has last heard the one at its beginning, by this member's knowledge.", l.Heard.Seconds(), "from", l.From, "to", l.To)
 		}
 	}
 	for _, svc := range a.services {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/hamesh/hamesh/agent/config"
 	"github.com/hamesh/hamesh/agent/health"
+	"github.com/hamesh/hamesh/agent/hearsay"
 	"github.com/hamesh/hamesh/agent/ownership"
 	"github.com/hamesh/hamesh/agent/store"
 	hameshv1 "github.com/hamesh/hamesh/gen/hamesh/v1"
@@ -404,7 +405,7 @@ func (o *orders) spare(ctx context.Context, now store.Orders, node string) bool 
 }
 
 // hasSubstitute says whether another candidate than that node is eligible, by what all
-// members know together.
+// members know together, and heard by that node, which has to hand its VIPs over.
 func (a *Agent) hasSubstitute(view ownership.View, k known, inForce map[store.Subject]store.Order, node string) bool {
 	return slices.ContainsFunc(a.cfg.Members, func(m config.Member) bool {
 		eligible := view.Eligible
@@ -412,9 +413,14 @@ func (a *Agent) hasSubstitute(view ownership.View, k known, inForce map[store.Su
 			of := k.Of[m.Name]
 			eligible = of.Known && of.Word != nil && of.Word.Says.GetReady() && of.Word.Says.GetEligible()
 		}
-		return m.Name != node && eligible && a.role(k, m.Name) == hameshv1.Role_ROLE_CANDIDATE &&
+		return m.Name != node && eligible && !deafTo(k, node, m.Name) && a.role(k, m.Name) == hameshv1.Role_ROLE_CANDIDATE &&
 			inForce[store.Subject{Node: m.Name}].State != nodeDrained
 	})
+}
+
+// deafTo says whether a member does not hear another one, as far as that is known.
+func deafTo(k known, member, to string) bool {
+	return slices.ContainsFunc(k.Links, func(l hearsay.Link) bool { return l.From == to && l.To == member && l.Lost })
 }
 
 // role is a member's, by its own word where there is one.

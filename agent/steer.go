@@ -67,7 +67,8 @@ func (a *Agent) betterLeader(ctx context.Context) string {
 	}
 	drained := func(name string) bool { return a.orders.drained(name) != "" }
 	k := a.words.view()
-	if to := hearsMore(a.cfg.Node.Name, k); to != "" {
+	unfit := func(name string) bool { return owners[name] || drained(name) }
+	if to := hearsMore(a.cfg.Node.Name, k, unfit); to != "" {
 		return to
 	}
 	if !owners[a.cfg.Node.Name] && !drained(a.cfg.Node.Name) {
@@ -77,7 +78,7 @@ func (a *Agent) betterLeader(ctx context.Context) string {
 	a.board.mu.Lock()
 	defer a.board.mu.Unlock()
 	for _, p := range view.Peers {
-		if !p.Heard || !p.Ready || owners[p.Name] || drained(p.Name) || misses(k, p.Name) {
+		if !p.Heard || !p.Ready || unfit(p.Name) || misses(k, p.Name) {
 			continue
 		}
 		if best == "" || a.board.peers[p.Name].GetRole() == hameshv1.Role_ROLE_WITNESS {
@@ -96,14 +97,17 @@ func misses(k known, member string) bool {
 }
 
 // hearsMore is a member that hears all whom anybody hears, where this one does not; empty:
-// there is none, or no need.
-func hearsMore(self string, k known) string {
+// there is none, or no need. One that is unfit to lead in the long run is better than none.
+func hearsMore(self string, k known, unfit func(name string) bool) string {
 	if !misses(k, self) {
 		return ""
 	}
 	best := ""
 	for name, of := range k.Of {
-		if name != self && of.Heard && of.Word != nil && of.Word.Says.GetReady() && !of.Word.Says.GetStoreAway() && !misses(k, name) && (best == "" || name < best) {
+		if name == self || !of.Heard || of.Word == nil || !of.Word.Says.GetReady() || of.Word.Says.GetStoreAway() || misses(k, name) {
+			continue
+		}
+		if best == "" || (unfit(best) && !unfit(name)) || (unfit(best) == unfit(name) && name < best) {
 			best = name
 		}
 	}

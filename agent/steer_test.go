@@ -30,8 +30,15 @@ func TestHearsMore(t *testing.T) {
 		k := known{Down: c.down, Of: map[string]hearsay.Known[*hameshv1.Heartbeat]{
 			"cp-1": {Heard: true, Known: true}, "cp-2": is(false, well), "cp-3": is(true, c.third),
 		}}
-		if got := hearsMore("cp-1", k); got != c.want {
+		if got := hearsMore("cp-1", k, func(string) bool { return false }); got != c.want {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+		if c.want == "" {
+			continue
+		}
+		k.Of["cp-4"] = is(true, well)
+		if got := hearsMore("cp-1", k, func(name string) bool { return name == "cp-3" }); got != "cp-4" {
+			t.Errorf("%s, and owns a VIP: %q, want cp-4", name, got)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -132,7 +133,7 @@ func (w *words) tell(h *hameshv1.Heartbeat) {
 			if silent[m.Name] { // however young its last word is
 				age = max(age, w.agent.cfg.Timing.SuspectAfter+time.Millisecond)
 			}
-			said.AgeMs = proto.Uint32(uint32(age / time.Millisecond))
+			said.AgeMs = proto.Uint32(uint32(min(age/time.Millisecond, math.MaxUint32)))
 		}
 		h.Hears = append(h.Hears, said)
 	}

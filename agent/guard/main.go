@@ -55,8 +55,8 @@ const (
 )
 
 // Main is the guard: it watches its parent as the orders that it inherits say, and returns
-// the exit status. It logs to stderr, and nothing before the agent has ended but why it
-// cannot watch. It takes no arguments and is of no use to a person.
+// the exit status. It logs to stderr, and before the agent has ended only why it cannot watch
+// and what connections it has ended. It takes no arguments and is of no use to a person.
 func Main(args []string, stderr io.Writer) int {
 	// Whoever stops a service tells all its processes; this one leaves when the agent says
 	// so. A log that nobody reads any more is no reason to die either.
@@ -126,6 +126,9 @@ func stand(o orders, in *os.File, log hclog.Logger) error {
 	// Nothing is logged before the word is out, for that may block.
 	untold := tell(o, client, &hameshv1.WithdrawnRequest{Member: o.Member, Boot: o.Boot, Vips: gone})
 	swept.Wait()
+	for _, v := range o.VIPs {
+		endConnections(v.Addr, o.Ports, log)
+	}
 	log.Warn("the agent has ended: its VIPs were taken off", "vips", gone, "boot", o.Boot)
 	if untold != nil {
 		log.Warn("not everybody has heard it", "error", untold)

@@ -13,10 +13,10 @@ import (
 
 // strandedAfter is how long an address has to be off until the connections that it was the
 // local end of are ended: an agent puts one that somebody has deleted on again sooner.
-const strandedAfter = 50 * time.Millisecond
+const strandedAfter = 100 * time.Millisecond
 
 // endStranded ends the connections of the VIPs that this node loses without handing them over,
-// until ctx ends: its link was cut, its agent is frozen or has ended. Programs on this node
+// until ctx ends: its link was cut, or its agent is frozen. Programs on this node
 // that use the VIP have it at both ends, and would wait for each other for as long as TCP does.
 // An agent could be the one that is frozen, so it is the guard that looks. Other hosts' clients
 // at the proxies' ports are the agent's business.
@@ -47,14 +47,14 @@ func endStranded(ctx context.Context, kernel *vip.Kernel, ports []uint16, log hc
 				continue
 			}
 			delete(due, addr)
-			end(addr, ports, log)
+			endConnections(addr, ports, log)
 		}
 		timer.Reset(next)
 	}
 }
 
-// end ends the connections of one address, unless it is here, or kept.
-func end(addr netip.Addr, ports []uint16, log hclog.Logger) {
+// endConnections ends the connections of one address, unless it is here, or kept.
+func endConnections(addr netip.Addr, ports []uint16, log hclog.Logger) {
 	n, err := handover.EndStranded(addr, ports...)
 	switch {
 	case err != nil:

@@ -229,7 +229,7 @@ func (k *Kernel) HoldBack(ports []uint16) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := k.sys.holdBack(k.managed, ports); err != nil {
-		return fmt.Errorf("hold acknowledgements back: %w", err)
+		return fmt.Errorf("hold acknowledgements back: %w", errors.Join(err, k.sys.holdBack(nil, nil)))
 	}
 	return nil
 }

@@ -233,7 +233,11 @@ func (s *sockets) holdBack(addrs []Address, ports []uint16) error {
 		if len(rules[f]) > 0 {
 			chains = []chain{{"output", nftables.ChainHookOutput, rules[f]}}
 		}
-		if err := s.replace(f.table(), holdName, chains...); err != nil {
+		err := s.replace(f.table(), holdName, chains...)
+		if len(chains) == 0 && errors.Is(err, ErrUnsupported) {
+			continue // then there is nothing to end
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -467,9 +471,7 @@ func (s *sockets) sweep() (delivered []netip.Addr, err error) {
 			errs = append(errs, err)
 		}
 	}
-	if err := s.holdBack(nil, nil); !errors.Is(err, ErrUnsupported) {
-		errs = append(errs, err)
-	}
+	errs = append(errs, s.holdBack(nil, nil))
 	return delivered, errors.Join(errs...)
 }
 

@@ -17,15 +17,16 @@ const (
 	ticklePause = 5 * time.Millisecond
 )
 
-// Tickle tells clients that the node that served their connections with the VIP has died:
-// it sends each a bare acknowledgement in the VIP's name, of nothing they have sent. Their
-// kernels answer with what they expect (RFC 9293, 3.10.7.4: an unacceptable segment), that
-// answer comes to this node, which has no such connection, and its kernel resets it. So a
-// client that only waits learns in a round trip what keep-alive would tell it in minutes.
+// Tickle tells clients that nobody serves their connections with the VIP any more: it sends
+// each a bare acknowledgement in the VIP's name, of nothing they have sent. Their kernels
+// answer with what they expect (RFC 9293, 3.10.7.4: an unacceptable segment), that answer comes
+// to this node, which has no such connection, and its kernel resets it. So a client that only
+// waits learns in a round trip what keep-alive would tell it in minutes.
 //
-// The VIP has to be on here and announced. Where unknown packets are forwarded, it is the
-// node at the end of that which resets. A client without that connection is not harmed: its kernel sends a reset here. Once in half
-// a second, at most, a kernel answers for the same connection (tcp_invalid_ratelimit).
+// The VIP has to be on here and announced. Where unknown packets are forwarded, the node at the
+// end of that resets them, or knows the connection, which then goes on. A client without that
+// connection is not harmed: its kernel sends a reset here. A kernel answers for the same
+// connection once in half a second at most (tcp_invalid_ratelimit).
 //
 // It needs CAP_NET_RAW, returns early when ctx ends, and takes a millisecond for 20 clients.
 func Tickle(ctx context.Context, vip netip.AddrPort, clients []netip.AddrPort) error {

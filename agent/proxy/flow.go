@@ -29,8 +29,10 @@ type Flow struct {
 // A connection that has come is held back until whoever takes the flows has told others of
 // it, for 20 ms at most: the client gets no byte of its server, and, where Mark is set and
 // the kernel has a rule for it, not even an acknowledgement of its own bytes. So either
-// others know of a connection, or its client's kernel sends again, and learns from whoever
-// has the address then that the connection is gone.
+// others have been told of a connection, or its client's kernel sends again, and learns from
+// whoever has the address then that the connection is gone. Two gaps are left: what was told
+// may still be in this machine when that dies, some tens of microseconds, and where others
+// do not take it for 20 ms, the client is served all the same.
 type FlowWatch struct {
 	// Local says whether the connections to a local address are wanted.
 	Local func(netip.Addr) bool
@@ -164,6 +166,6 @@ func (p *Proxy) markListener(fd int, mark uint32) {
 		return
 	}
 	if errno := setOption(fd, option{unix.SOL_SOCKET, unix.SO_MARK, int(mark)}); errno != 0 {
-		p.log.Warn("new connections are acknowledged before the other members know of them", "proxy", p.cfg.Name, "error", errno)
+		p.log.Warn("could not mark the listener: new connections are acknowledged before the other members know of them", "proxy", p.cfg.Name, "error", errno)
 	}
 }

@@ -143,6 +143,8 @@ func (l *loop) adopt(h HandedSession) {
 	l.proxy.count(h.From)
 	l.proxy.mu.Unlock()
 	s := l.take(h.Client, h.From)
+	// Accepted by a process that does not take marks off, it may have one from its listener.
+	_ = setOption(s.client.fd, option{unix.SOL_SOCKET, unix.SO_MARK, 0}) // it may have none to take off
 	l.enlist(s, false)
 	s.began = l.now - h.Age
 	s.phase = connecting

@@ -20,6 +20,12 @@ const (
 	// is given up while the store does not answer: since some 1.4 s (RFC 6298, 5.5, from
 	// 200 ms on).
 	staleAfter = 3
+	// backAfter is the same on a connection to a member that can be reached again: since
+	// 600 ms. Where it is less, the kernel tries again soon.
+	backAfter = 2
+	// synSent is the state of a connection that is being made (TCP_SYN_SENT,
+	// include/net/tcp_states.h): whoever makes it has a time limit.
+	synSent = 2
 	// backlog is how many members may have come back and not been looked at.
 	backlog = 16
 )
@@ -82,7 +88,7 @@ func (s *Store) unstick(ctx context.Context, port uint16) error {
 		looks = slices.DeleteFunc(looks, func(l look) bool {
 			left := time.Until(l.at)
 			if left <= 0 {
-				reset(1, l.member)
+				reset(backAfter, l.member)
 				return true
 			}
 			next = min(next, left)
@@ -103,7 +109,7 @@ func resetStale(port uint16, least uint8, with netip.Addr) (n int, err error) {
 		}
 		for _, c := range all {
 			id := c.InetDiagMsg.ID
-			if c.TCPInfo == nil || c.TCPInfo.Retransmits < least || (id.SourcePort != port && id.DestinationPort != port) {
+			if c.TCPInfo == nil || c.InetDiagMsg.State == synSent || c.TCPInfo.Retransmits < least || (id.SourcePort != port && id.DestinationPort != port) {
 				continue
 			}
 			if other, ok := netip.AddrFromSlice(id.Destination); with.IsValid() && (!ok || other.Unmap() != with) {
