@@ -79,9 +79,9 @@ type flows struct {
 	ports   []uint16
 	log     hclog.Logger
 
-	news   chan struct{} // one token: connections have come
-	paused time.Time     // until when they wait for more; run's own
-	// asked is the generation of each VIP's hold for which the others were asked; run's own.
+	news chan struct{} // one token: connections have come
+	// asked is the generation of each VIP's hold for which the others were asked; notifier's
+	// own.
 	asked map[string]uint64
 	wake  chan struct{} // one token: somebody may have to be told
 
@@ -113,7 +113,10 @@ type flowLink struct {
 	pending map[through]map[netip.AddrPort]bool
 	anew    bool     // what was told before is void
 	told    []func() // to be called when it has been told
-	wake    chan struct{}
+
+	send   func(*hameshv1.ShareFlowsRequest) error
+	live   bool // it has been told everything once, and from then on each change at once
+	broken context.CancelFunc
 }
 
 type theirFlows struct {
@@ -181,33 +184,26 @@ func (a *Agent) watchFlows() {
 
 // run tells the others of this node's connections, and the clients of the dead, until ctx ends.
 func (f *flows) run(ctx context.Context) error {
-	tick := time.NewTicker(flowsIdle)
-	defer tick.Stop()
-	forget := time.NewTicker(flowsBereaved)
-	defer forget.Stop()
-	pace := time.NewTimer(0)
-	defer pace.Stop()
 	var group sync.WaitGroup
 	defer group.Wait()
+	group.Go(func() { f.notifier(ctx, &group) })
+	tick := time.NewTicker(flowsIdle)
+	defer tick.Stop()
+	pace := time.NewTimer(0)
+	defer pace.Stop()
+	var paused time.Time // until when those that have come wait for more
 	for {
 		news := f.news
-		if time.Until(f.paused) > 0 {
+		if time.Until(paused) > 0 {
 			news = nil
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-f.wake:
-			f.recall(ctx, &group)
-			for _, n := range f.bereaved() {
-				group.Go(func() { f.notify(ctx, n) })
-			}
-		case <-forget.C:
-			poke(f.wake)
 		case <-pace.C:
 		case <-news:
 			f.account()
-			f.paused = time.Now().Add(flowsPace)
+			paused = time.Now().Add(flowsPace)
 			pace.Reset(flowsPace)
 		case <-tick.C:
 			f.account()
@@ -215,7 +211,25 @@ func (f *flows) run(ctx context.Context) error {
 	}
 }
 
-// account takes what has come and gone, and has it told.
+// notifier tells clients that nobody serves their connections any more, until ctx ends.
+func (f *flows) notifier(ctx context.Context, group *sync.WaitGroup) {
+	forget := time.NewTicker(flowsBereaved)
+	defer forget.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-f.wake:
+		case <-forget.C:
+		}
+		f.recall(ctx, group)
+		for _, n := range f.bereaved() {
+			group.Go(func() { f.notify(ctx, n) })
+		}
+	}
+}
+
+// account takes what has come and gone, and tells it.
 func (f *flows) account() {
 	for port, take := range f.take {
 		all, told := take()
@@ -223,9 +237,23 @@ func (f *flows) account() {
 			f.changed(port, all, told)
 		}
 	}
+	f.mu.Lock()
+	var live []*flowLink
+	for l := range f.links {
+		if l.live {
+			live = append(live, l)
+		}
+	}
+	f.mu.Unlock()
+	// Here, one after the other, and not by a goroutine of each link: at 50 connections a
+	// second it is waking those up that costs. None waits: what is under way fits into a
+	// connection's buffers, and one on which nothing gets through ends within a second.
+	for _, l := range live {
+		f.flush(l)
+	}
 }
 
-// changed notes what has come and gone, and has it told; told is called when it has been.
+// changed notes what has come and gone, and is to be told; told is called when it has been.
 func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -262,7 +290,6 @@ func (f *flows) changed(port uint16, all []proxy.Flow, told func()) {
 		if told != nil {
 			l.told = append(l.told, told)
 		}
-		poke(l.wake)
 	}
 }
 
@@ -381,32 +408,44 @@ func (f *flows) shareOnce(ctx context.Context, client hameshv1.MeshServiceClient
 		return // the link's own stream tells of that
 	}
 	link := f.subscribe()
+	link.send, link.broken = stream.Send, cancel
 	defer f.unsubscribe(link)
-	for {
-		select {
-		case <-stream.Context().Done():
-			return
-		case <-link.wake:
-		}
-		messages, told := f.untold(link)
-		for _, m := range messages {
-			if stream.Send(m) != nil {
-				messages = nil // nobody is told by this link any more; the others go on
-				break
-			}
-		}
-		for _, t := range told {
-			t()
-		}
-		if messages == nil {
+	for f.flush(link) { // all that came while it was told the rest
+		if f.goLive(link) {
+			<-stream.Context().Done()
 			return
 		}
 	}
 }
 
+// goLive has a link told of each change at once from now on, if it knows all that is so now.
+func (f *flows) goLive(l *flowLink) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l.live = len(l.pending) == 0 && len(l.told) == 0
+	return l.live
+}
+
+// flush tells a member what it has not been told yet; false: its stream is broken.
+func (f *flows) flush(l *flowLink) bool {
+	messages, told := f.untold(l)
+	defer func() {
+		for _, t := range told {
+			t() // also where nobody is told by this link any more: the others go on
+		}
+	}()
+	for _, m := range messages {
+		if l.send(m) != nil {
+			l.broken()
+			return false
+		}
+	}
+	return true
+}
+
 // subscribe returns what is to be told to another member: everything at first.
 func (f *flows) subscribe() *flowLink {
-	l := &flowLink{pending: map[through]map[netip.AddrPort]bool{}, anew: true, wake: make(chan struct{}, 1)}
+	l := &flowLink{pending: map[through]map[netip.AddrPort]bool{}, anew: true}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for w, all := range f.mine {
@@ -420,7 +459,6 @@ func (f *flows) subscribe() *flowLink {
 		}
 	}
 	f.links[l] = struct{}{}
-	poke(l.wake)
 	return l
 }
 
@@ -435,15 +473,14 @@ func (f *flows) unsubscribe(l *flowLink) {
 	}
 }
 
-// untold takes what a member has not been told yet, as messages that are not nil, and what
-// to call when they have been sent.
+// untold takes what a member has not been told yet, as messages, and what to call when they
+// have been sent.
 func (f *flows) untold(l *flowLink) (all []*hameshv1.ShareFlowsRequest, told []func()) {
 	f.mu.Lock()
 	pending, anew := l.pending, l.anew
 	told = l.told
 	l.pending, l.anew, l.told = map[through]map[netip.AddrPort]bool{}, false, nil
 	f.mu.Unlock()
-	all = []*hameshv1.ShareFlowsRequest{}
 	if anew {
 		for vip := range f.vips {
 			for _, port := range f.ports {

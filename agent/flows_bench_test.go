@@ -87,6 +87,9 @@ func teller10k(orders []string) error {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 77, byte(1 + i/30_000), 1}), uint16(30_000+i%30_000))
 	}
 	id := uint64(stay)
+	var due []proxy.Flow
+	told := make(chan struct{})
+	f.take[16443] = func() ([]proxy.Flow, func()) { return due, func() { close(told) } }
 	// measure returns the processor time and the wall time of as many rounds.
 	measure := func() (busy, took time.Duration, err error) {
 		processor := func() (time.Duration, error) {
@@ -103,8 +106,8 @@ func teller10k(orders []string) error {
 			id++
 			come := proxy.Flow{Client: client(int(id) % 60_000), Local: flowVIP, Open: true, ID: id}
 			gone := proxy.Flow{Client: client(int(id-stay/2) % 60_000), Local: flowVIP, ID: id - stay/2}
-			told := make(chan struct{})
-			f.changed(16443, []proxy.Flow{come, gone}, func() { close(told) })
+			due, told = []proxy.Flow{come, gone}, make(chan struct{})
+			f.account()
 			<-told
 			time.Sleep(time.Until(began.Add(time.Duration(i+1) * tellEvery)))
 		}
