@@ -404,6 +404,8 @@ func cause(err error) string {
 		return "refused"
 	case errors.Is(err, unix.ECONNRESET):
 		return "reset"
+	case errors.Is(err, unix.ECONNABORTED):
+		return "aborted"
 	case errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.ENETUNREACH):
 		return "unreachable"
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):

@@ -329,7 +329,7 @@ func (s *storm) weigh(a *account, waited []lab.Sample, holder func(time.Time) st
 }
 
 // patience is how long an ordinary client may wait: 2 s and, on top, as long as the longest
-// fault in its time that cut off its API server or the VIP's holder; where no majority was
+// fault in its time that cut off its API server or the VIP's holder, or took packets from it; where no majority was
 // left, until there could be a holder again.
 func (s *storm) patience(w lab.Wait, holder func(time.Time) string) time.Duration {
 	from := w.End.Add(-w.Beyond - w.Delay)
@@ -344,7 +344,7 @@ func (s *storm) patience(w lab.Wait, holder func(time.Time) string) time.Duratio
 		}
 		touched := w.Backend == "" || slices.Contains(f.names, w.Backend) || slices.Contains(f.names, holder(from)) ||
 			!w.Connected.IsZero() && slices.Contains(f.names, holder(w.Connected))
-		if vacant || f.costs && touched {
+		if vacant || f.steals || f.costs && touched {
 			longest = max(longest, until.Sub(f.began))
 		}
 	}

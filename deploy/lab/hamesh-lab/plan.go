@@ -60,6 +60,8 @@ type kind struct {
 	// costs: the last of its nodes counts as lost to the majority while it lasts.
 	costs bool
 	cable bool // it cuts its node off from everything
+	// steals: it has packets of clients go to somebody else for moments, whoever they are for.
+	steals bool
 	// parts are what it takes hold of, of its nodes and beyond: no two faults at once
 	// may take hold of the same.
 	parts func(nodes []int) []string
@@ -244,7 +246,7 @@ var kinds = []kind{
 		},
 	},
 	{
-		name: "a stranger announces the VIP", least: 100 * milli, most: second, store: anyStore,
+		name: "a stranger announces the VIP", least: 100 * milli, most: second, store: anyStore, steals: true,
 		parts: whole("stranger"), bound: stays, why: whyUnmoved,
 		begin: func(m *lab.Mesh, _ []*lab.Node, _ time.Duration) (func() error, error) {
 			both := func() error {
