@@ -152,7 +152,7 @@ func TestExtra(t *testing.T) {
 	say := func(version, digests string) hearsay.Word[*hameshv1.Heartbeat] {
 		return hearsay.Word[*hameshv1.Heartbeat]{Says: &hameshv1.Heartbeat{Version: version, ConfigDigests: []byte(digests)}}
 	}
-	got := differing(own, []hearsay.Word[*hameshv1.Heartbeat]{say(Version, "mmmmVVVVpppptttTssssaaaa"), say("other", "XXXXvvvvpppptttxssssaaaa"), say(Version, "short")})
+	got := differing(own, []hearsay.Word[*hameshv1.Heartbeat]{say(Version, "mmmmVVVVpppptttTssssaaaa"), say("other", "MMMMvvvvpppptttxssssaaaa"), say(Version, "short")})
 	if len(got) != 2 || got[0].GetPart() != 1 || len(got[0].GetText()) != textBytes || got[1].GetPart() != 3 || got[1].GetText() != nil {
 		t.Errorf("%v", got)
 	}
